@@ -1,5 +1,8 @@
 """Equilibrium Propagation for timm: importing this package registers the `ep_vgg*` models."""
 
+from timm_ep.dynamics import Settings
+from timm_ep.equilibrium import equilibrium
+from timm_ep.models import EpVgg
 from timm_ep.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["EpVgg", "Settings", "__version__", "equilibrium"]

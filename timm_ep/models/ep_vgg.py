@@ -1,0 +1,433 @@
+"""VGGs as convergent recurrent nets, trained by Equilibrium Propagation.
+
+Architectures after Simonyan & Zisserman, *Very Deep Convolutional Networks* (arXiv:1409.1556); as EP nets after Laborieux
+et al., *Scaling Equilibrium Propagation to Deep ConvNets* (2021) and Lin, Bal & Sengupta, *Scalable Equilibrium
+Propagation via Intermediate Error Signals for Deep Convolutional CRNNs* (arXiv:2508.15989).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from timm_ep.dynamics import SETTING_NAMES, Settings, free_phase
+from timm_ep.energy import Coupling, Net, fold_average_pool
+from timm_ep.equilibrium import equilibrium
+
+__all__ = ["EpVgg"]
+
+# Output channels of each convolution; "M" pools the state of the convolution before it.
+_ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
+    "vgg5": (128, "M", 256, "M", 512, "M", 512, "M"),
+    "vgg9": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"),
+    "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+    "vgg19": (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
+}
+
+# A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it: these
+# gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, at any depth.
+_GAIN = 1.8
+_POOLED_GAIN = 3.0
+
+
+class EpConv2d(nn.Module):
+    """The parameters of one coupling: a 3×3 kernel under scaled weight standardisation, and a bias.
+
+    The kernel in use is gain · (W − mean) / (std · √fan-in) per output channel: a function of the parameters alone, so EP
+    stays exact, that keeps the size of a kernel, and with it the loop gain, from running away in training (Brock et al.,
+    arXiv:2101.08692). Batch statistics would couple the samples and break the energy.
+
+    Args:
+        in_chs: channels of the state below.
+        out_chs: channels of the state above.
+        gain: initial gain.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        gain: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.initial_gain = gain
+        self.weight = nn.Parameter(torch.empty(out_chs, in_chs, 3, 3, device=device, dtype=dtype))
+        self.gain = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gaussian weights with the standard deviation of a standardised kernel; constant gains; zero biases."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.constant_(self.gain, self.initial_gain)
+        nn.init.zeros_(self.bias)
+
+    def kernel(self) -> Tensor:
+        """The effective kernel, (out, in, 3, 3)."""
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        # Relative to the variance at the start, 1/fan_in, so that the floor means the same in every layer.
+        scale = self.gain[:, None, None, None] * torch.rsqrt(var * fan_in + 1e-6)
+        return (self.weight - mean) * scale
+
+
+def _setting(name: str) -> property:
+    def get(model: "EpVgg") -> Any:
+        return getattr(model.settings, name)
+
+    def set_(model: "EpVgg", value: Any) -> None:
+        model.settings = replace(model.settings, **{name: value})
+
+    return property(get, set_, doc=f"`{name}` of `timm_ep.dynamics.Settings`.")
+
+
+@register_notrace_module
+class EpVgg(nn.Module):
+    """A VGG whose layer states settle to the equilibrium of an energy, trained by Equilibrium Propagation.
+
+    `loss.backward()` runs EP for any loss on the logits, the features or the states. Every field of `Settings` is an
+    attribute that can be changed at any time: `model.gradient = "bptt"`.
+
+    Args:
+        architecture: output channels of each convolution, "M" for pooling after it.
+        num_classes: classes of the linear read-out, which is outside the dynamics; 0 for none.
+        in_chans: channels of the image.
+        global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
+        drop_rate: dropout before the read-out.
+        device: of the parameters.
+        dtype: of the parameters.
+        **settings: fields of `timm_ep.dynamics.Settings`, with their reasons there.
+
+    Raises:
+        TypeError: an unknown argument.
+        ValueError: a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        architecture: tuple[int | str, ...],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        unknown = settings.keys() - set(SETTING_NAMES)
+        if unknown:
+            raise TypeError(
+                f"EpVgg got unknown arguments {sorted(unknown)}; its settings are {', '.join(SETTING_NAMES)}."
+            )
+        self.settings = Settings(**settings)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.pooled: list[bool] = []  # per layer
+        self.feature_info: list[dict[str, Any]] = []
+        self._taps: list[int] = []  # layer of each feature: the last state at each resolution
+        layers: list[EpConv2d] = []
+        below, reduction = in_chans, 1
+        for item, following in zip(architecture, (*architecture[1:], None), strict=True):
+            if isinstance(item, str):
+                continue
+            pooled = following == "M"
+            layers.append(EpConv2d(below, item, _POOLED_GAIN if pooled else _GAIN, device=device, dtype=dtype))
+            self.pooled.append(pooled)
+            below = item
+            if pooled:
+                reduction *= 2
+            tap = {"num_chs": item, "reduction": reduction, "module": f"layers.{len(layers) - 1}"}
+            if self.feature_info and self.feature_info[-1]["reduction"] == reduction:
+                self.feature_info[-1], self._taps[-1] = tap, len(layers) - 1
+            else:
+                self.feature_info.append(tap)
+                self._taps.append(len(layers) - 1)
+        self.layers = nn.ModuleList(layers)
+        self.num_features = self.head_hidden_size = below
+        # Last, because adaptive gradient clipping leaves out the last two parameters.
+        self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """One group per layer, for layer-wise learning rates."""
+        return {"stem": r"^layers\.0", "blocks": r"^layers\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Settle again in the backward pass instead of storing it: for `bptt` and `backprop`. EP never stores it."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear read-out."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new read-out; `reset_classifier(0, "")` leaves 4-D features."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+
+    def net(self) -> Net:
+        """The net as its energy sees it; differentiable with respect to the parameters."""
+        fold = self.settings.pool == "avg"
+        couplings, kernels = [], []
+        for layer, pooled in zip(self.layers, self.pooled, strict=True):
+            kernel = layer.kernel()
+            kernels.append(fold_average_pool(kernel) if pooled and fold else kernel)
+            couplings.append(Coupling(stride=2 if pooled and fold else 1, max_pool=pooled and not fold))
+        return Net(tuple(couplings), tuple(kernels), tuple(layer.bias for layer in self.layers))
+
+    def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The states at the free equilibrium, differentiable by the method of `settings.gradient`.
+
+        Args:
+            x: images, (B, in_chans, H, W), floating point, finite.
+
+        Returns:
+            s_1…s_N: s_l is (B, out_l, H / r_l, W / r_l) in [0, 1], with r_l = 2^(poolings up to l), rounded down.
+
+        Raises:
+            TypeError: `x` is not a floating-point tensor of the model's dtype (or of any, under autocast).
+            ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the CPU
+                only, as it would make another device wait) pixels that are not finite.
+        """
+        self._check(x)
+        return equilibrium(self.net(), x, self.settings, recompute=self.grad_checkpointing)
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
+        dtype = self.layers[0].weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"The images have shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width). "
+                f"For other channels create the model with in_chans=…"
+            )
+        smallest = 2 ** sum(self.pooled)
+        if min(x.shape[-2:]) < smallest:
+            raise ValueError(
+                f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at least "
+                f"{smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
+            )
+        if len(x) == 0:
+            raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
+        if x.device.type == "cpu" and not torch.isfinite(x.detach().sum()):
+            # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
+            bad = int((~torch.isfinite(x)).sum())
+            if bad:
+                raise ValueError(f"{bad} of {x.numel()} pixels are NaN or infinite; check the images and mean and std.")
+
+    @torch.no_grad()
+    def free_residual(self, x: Tensor) -> list[float]:
+        """‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers: how well the net settles on these images."""
+        self._check(x)
+        changes: list[float] = []
+        free_phase(self.net(), x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
+        return changes
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The last state at each resolution, and the last state of all.
+
+        Args:
+            x: images, (B, in_chans, H, W).
+            indices: the last n if an int, all if None, else those listed.
+            norm: without effect: there is no final normalisation.
+            stop_early: without effect: the layers above feed back.
+            output_fmt: `NCHW`.
+            intermediates_only: leave out the last state.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: states are images; only 'NCHW' is supported.")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        states = self.equilibrium(x)
+        intermediates = [states[self._taps[index]] for index in take]
+        return intermediates if intermediates_only else (states[-1], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Prune what the chosen features do not need: the read-out. All layers stay, as the upper ones feed back."""
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last state, (B, num_features, H / r, W / r)."""
+        return self.equilibrium(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) from the last state; the pooled state itself with `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+for _name in SETTING_NAMES:
+    setattr(EpVgg, _name, _setting(_name))
+
+
+def _create(variant: str, architecture: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+    cfg = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
+    resolutions = cfg.count("M") + (cfg[1] != "M")
+    return build_model_with_cfg(
+        EpVgg,
+        variant,
+        pretrained,
+        architecture=cfg,
+        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
+        **kwargs,
+    )
+
+
+def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (7, 7) if size == 224 else (2, 2),
+        "crop_pct": 0.875 if size == 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "layers.0",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2508.15989",
+        "origin_url": "https://arxiv.org/abs/2508.15989",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ep_vgg5.untrained": _cfg(32),
+        "ep_vgg5_025.untrained": _cfg(32),
+        "ep_vgg5_050.untrained": _cfg(32),
+        "ep_vgg9.untrained": _cfg(32),
+        "ep_vgg9_025.untrained": _cfg(32),
+        "ep_vgg9_050.untrained": _cfg(32),
+        "ep_vgg11.untrained": _cfg(224),
+        "ep_vgg11_025.untrained": _cfg(224),
+        "ep_vgg11_050.untrained": _cfg(224),
+        "ep_vgg13.untrained": _cfg(224),
+        "ep_vgg16.untrained": _cfg(224),
+        "ep_vgg16_025.untrained": _cfg(224),
+        "ep_vgg16_050.untrained": _cfg(224),
+        "ep_vgg19.untrained": _cfg(224),
+    }
+)
+
+
+@register_model
+def ep_vgg5(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """4 convolutions, 128 to 512 channels: the net of the EP literature."""
+    return _create("ep_vgg5", "vgg5", 1.0, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg5_025(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """4 convolutions, 128 to 512 channels: the net of the EP literature, a quarter of the width."""
+    return _create("ep_vgg5_025", "vgg5", 0.25, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg5_050(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """4 convolutions, 128 to 512 channels: the net of the EP literature, half the width."""
+    return _create("ep_vgg5_050", "vgg5", 0.5, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg9(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """8 convolutions, 64 to 512 channels."""
+    return _create("ep_vgg9", "vgg9", 1.0, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg9_025(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """8 convolutions, 64 to 512 channels, a quarter of the width."""
+    return _create("ep_vgg9_025", "vgg9", 0.25, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg9_050(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """8 convolutions, 64 to 512 channels, half the width."""
+    return _create("ep_vgg9_050", "vgg9", 0.5, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg11(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-A: 8 convolutions, 64 to 512 channels."""
+    return _create("ep_vgg11", "vgg11", 1.0, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg11_025(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-A: 8 convolutions, 64 to 512 channels, a quarter of the width."""
+    return _create("ep_vgg11_025", "vgg11", 0.25, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg11_050(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-A: 8 convolutions, 64 to 512 channels, half the width."""
+    return _create("ep_vgg11_050", "vgg11", 0.5, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg13(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-B: 10 convolutions."""
+    return _create("ep_vgg13", "vgg13", 1.0, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg16(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-D: 13 convolutions."""
+    return _create("ep_vgg16", "vgg16", 1.0, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg16_025(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-D: 13 convolutions, a quarter of the width."""
+    return _create("ep_vgg16_025", "vgg16", 0.25, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg16_050(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-D: 13 convolutions, half the width."""
+    return _create("ep_vgg16_050", "vgg16", 0.5, pretrained, **kwargs)
+
+
+@register_model
+def ep_vgg19(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+    """VGG-E: 16 convolutions."""
+    return _create("ep_vgg19", "vgg19", 1.0, pretrained, **kwargs)
