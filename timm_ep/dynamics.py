@@ -8,22 +8,23 @@ The free phase iterates this. The nudged phase adds the force −β λ^(N−l) �
 δ_l from the free equilibrium itself, in coordinates δ_l = β λ^(N−l) d_l in which feedback has gain 1, feedforward has
 gain λ and the force is −∂L/∂s_l, whatever β, λ and depth: no small number is ever the difference of two large ones, and
 none underflows.
+
+Each layer needs two products, from the layer below and from the layer above. A product is computed again only once the
+neighbour it came from has moved. Sweeps alternate their direction, so that one of the two is always still good: a sweep
+costs one product per layer and carries news across the whole net.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from timm_ep.energy import Drive, Net
-
-
-def _choice(default: str, *others: str) -> Any:
-    return field(default=default, metadata={"choices": (default, *others)})
+from timm_ep.energy import Drive, Net, max_pool
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,18 @@ class Settings:
     Attributes:
         feedback: λ ≥ 0, the gain of the feedback. Weak feedback keeps deep nets well inside the range where they
             settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
-        free_sweeps: updates of every layer in the free phase, at most. Each divides the residual by about the inverse of
-            the loop gain λ‖W‖².
-        nudged_sweeps: updates of every layer in the nudged phase, at most. With `update="sweep"` one already carries
-            the nudge from the last layer to the first.
+        free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
+            account for feedback to first order in λ, and every further pair for one order more.
+        nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
+            layer to the first, two more (up, then down) add the first order in λ.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of the batch. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β. Negative nudges away.
         tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
             this. 0 runs all sweeps and never waits for the device.
         nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `centered`: (∂E(β) − ∂E(−β))/2β, twice the cost and a bias of order β²
             (Laborieux et al. 2021).
-        update: `sweep`: layer after layer, each from its newest neighbours (upwards in the free phase, downwards in the
-            nudged phase: the way the news travels). `odd-even`: two halves. `synchronous`: all at once, the
-            literature's.
+        update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
+            halves. `synchronous`: all at once, the literature's.
         start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
             `zero`: the literature's.
         pool: `avg`: linear, so that every layer update is an exact minimisation of the energy, and cheaper (it is
@@ -54,41 +54,40 @@ class Settings:
             the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: a value outside of these.
     """
 
     feedback: float = 0.03
     free_sweeps: int = 2
-    nudged_sweeps: int = 2
+    nudged_sweeps: int = 3
     beta: float = 1e-3
     tol: float = 0.0
-    nudging: str = _choice("one-sided", "centered")
-    update: str = _choice("sweep", "odd-even", "synchronous")
-    start: str = _choice("feedforward", "zero")
-    pool: str = _choice("avg", "max")
-    gradient: str = _choice("ep", "bptt", "backprop")
+    nudging: Literal["one-sided", "centered"] = "one-sided"
+    update: Literal["sweep", "odd-even", "synchronous"] = "sweep"
+    start: Literal["feedforward", "zero"] = "feedforward"
+    pool: Literal["avg", "max"] = "avg"
+    gradient: Literal["ep", "bptt", "backprop"] = "ep"
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            choices = option.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{option.name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
-            kinds = {float: (int, float), int: (int,)}.get(option.type)  # type: ignore[call-overload]
-            if kinds and (not isinstance(value, kinds) or isinstance(value, bool) or value != value):
-                raise ValueError(f"{option.name}={value!r} is not a number of type {option.type.__name__}.")  # type: ignore[union-attr]
-        if not 0 <= self.feedback < float("inf"):
-            raise ValueError(
-                f"feedback={self.feedback} is not a gain; λ must be finite and at least 0 (1 is classic EP)."
-            )
-        if self.beta == 0 or abs(self.beta) == float("inf"):
-            raise ValueError(f"beta={self.beta}: the nudging strength must be finite and not 0, for example 0.001.")
-        if self.free_sweeps < 0 or self.nudged_sweeps < 1:
-            raise ValueError(
-                f"free_sweeps={self.free_sweeps}, nudged_sweeps={self.nudged_sweeps}: at least 0 free and 1 nudged sweep."
-            )
-        if self.tol < 0:
-            raise ValueError(f"tol={self.tol}: the tolerance must be at least 0 (0 runs all sweeps).")
+            value, choices = getattr(self, option.name), get_args(option.type)
+            if choices:
+                if value not in choices:
+                    raise ValueError(
+                        f"{option.name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}."
+                    )
+            elif not isinstance(value, int if isinstance(option.default, int) else (int, float)) or value is True:
+                raise TypeError(
+                    f"{option.name}={value!r} is a {type(value).__name__}; give a number like {option.default}."
+                )
+            elif not abs(value) < float("inf"):
+                raise ValueError(f"{option.name}={value!r} is not finite; give a number like {option.default}.")
+        for name, least in {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        if self.beta == 0:
+            raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 0.001.")
 
 
 SETTING_NAMES = tuple(option.name for option in fields(Settings))
@@ -98,65 +97,86 @@ Trace = Callable[[list[Tensor]], None]
 
 
 class FreePhase(NamedTuple):
-    """Where the free phase ended: per layer the state s_l, the pre-activation u_l with s_l = clip(u_l), and the drive."""
+    """Where the free phase is: per layer the state s_l, the pre-activation u_l with s_l = clip(u_l), and the products.
+
+    A product is None once the neighbour it was computed from has moved.
+    """
 
     states: list[Tensor]
     preactivations: list[Tensor]
     drives: list[Drive | None]
+    feedbacks: list[Tensor | None]
 
 
 class NudgedPhase(NamedTuple):
-    """Where the nudged phase ended: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), and the drive at s_l + δ_l."""
+    """Where the nudged phase ended: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), and the drive at s + δ."""
 
     deltas: list[Tensor | None]
     drives: list[Drive | None]
 
 
-def update_groups(update: str, depth: int) -> list[list[int]]:
-    """Which layers (from 0) move together, in the order of the free phase; a sweep visits all groups once."""
+def update_groups(update: str, depth: int, sweep: int) -> list[list[int]]:
+    """Which layers (from 0) move together, in order, in the given sweep; every sweep visits all layers once.
+
+    Even sweeps go down and odd ones up, where the order matters.
+    """
     if update == "synchronous":
         return [list(range(depth))]
     if update == "odd-even":
         return [list(range(0, depth, 2)), list(range(1, depth, 2))]
-    return [[layer] for layer in range(depth)]
+    upwards = [[layer] for layer in range(depth)]
+    return upwards if sweep % 2 else upwards[::-1]
 
 
 def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
-    """The pass without feedback: s_l = clip(P(W_l ⋆ s_(l−1)) + b_l). With `recompute`, autograd stores no layer twice."""
+    """The pass without feedback, s_l = clip(P(W_l ⋆ s_(l−1)) + b_l). With `recompute`, autograd stores only states."""
 
     def layer(index: int, below: Tensor) -> tuple[Tensor, Drive]:
-        drive = net.couplings[index].drive(net.kernels[index], below, net.biases[index])
+        drive = net.drive(index, below)
         return drive.value.clamp(0, 1), drive
 
     run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-    states: list[Tensor] = []
-    drives: list[Drive | None] = []
+    phase = FreePhase([], [], [], [])
     for index in range(len(net.kernels)):
-        state, drive = run(index, states[-1] if states else x)
-        states.append(state)
-        drives.append(drive)
-    return FreePhase(states, [drive.value for drive in drives if drive], drives)
+        state, drive = run(index, phase.states[-1] if index else x)
+        phase.states.append(state)
+        phase.preactivations.append(drive.value)
+        phase.drives.append(drive)
+        phase.feedbacks.append(None)
+    return phase
 
 
-def _sweep(net: Net, input_drive: Drive, phase: FreePhase, groups: list[list[int]], feedback: float) -> FreePhase:
+def _sweep(net: Net, phase: FreePhase, groups: list[list[int]], feedback: float) -> FreePhase:
     """One update of every layer."""
-    states, preactivations, drives = map(list, phase)
+    states, preactivations = list(phase.states), list(phase.preactivations)
+    drives, feedbacks = list(phase.drives), list(phase.feedbacks)
+    top = len(states) - 1
+
+    def drive(layer: int) -> Drive:
+        fresh = drives[layer] or net.drive(layer, states[layer - 1])
+        drives[layer] = fresh
+        return fresh
+
     for group in groups:
         for layer in group:
-            if layer == 0:
-                drives[0] = input_drive
-            else:
-                drives[layer] = net.couplings[layer].drive(net.kernels[layer], states[layer - 1], net.biases[layer])
+            preactivations[layer] = drive(layer).value
         for layer in group:
-            preactivations[layer] = drives[layer].value
-            above = drives[layer + 1] if layer + 1 < len(states) else None
-            if above is not None and feedback:
-                routed = net.couplings[layer + 1].unpool(states[layer + 1], above)
-                back = net.couplings[layer + 1].feedback(net.kernels[layer + 1], routed, states[layer].shape)
-                preactivations[layer] = back.mul_(feedback).add_(preactivations[layer])
+            if layer < top and feedback:
+                back = feedbacks[layer]
+                if back is None:
+                    above = states[layer + 1]
+                    if net.couplings[layer + 1].max_pool:
+                        above = drive(layer + 1).route(above)
+                    back = net.feedback(layer + 1, above, states[layer])
+                    feedbacks[layer] = back
+                preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback)
         for layer in group:
             states[layer] = preactivations[layer].clamp(0, 1)
-    return FreePhase(states, preactivations, drives)
+            if layer:
+                feedbacks[layer - 1] = None
+            if layer < top:
+                drives[layer + 1] = None
+    return FreePhase(states, preactivations, drives, feedbacks)
 
 
 def relative_changes(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
@@ -183,22 +203,20 @@ def free_phase(
         recompute: under autograd, store the states between sweeps only and settle again in the backward pass.
 
     Returns:
-        States, pre-activations and drives, lists of N.
+        States, pre-activations and products, lists of N.
     """
-    feedforward = feedforward_pass(net, x, recompute)
-    input_drive = feedforward.drives[0]
-    phase = feedforward
+    phase = feedforward_pass(net, x, recompute)
+    depth, first = len(phase.states), 0
     if settings.start == "zero":
-        zeros = [torch.zeros_like(state) for state in feedforward.states]
-        phase = FreePhase(zeros, zeros, [None] * len(zeros))
+        zeros = [torch.zeros_like(state) for state in phase.states]
+        phase = FreePhase(zeros, zeros, [phase.drives[0], *[None] * (depth - 1)], [None] * depth)
+        first = 1  # upwards: there is nothing above to come down
     elif settings.feedback == 0:
         return phase  # the feedforward pass is the equilibrium
-    groups = update_groups(settings.update, len(phase.states))
-    sweep = partial(_sweep, net, input_drive)
-    if recompute:
-        sweep = partial(checkpoint, sweep, use_reentrant=False)
-    for _ in range(settings.free_sweeps):
-        previous, phase = phase, sweep(phase, groups, settings.feedback)
+    sweep = partial(checkpoint, _sweep, use_reentrant=False) if recompute else _sweep
+    for step in range(first, first + settings.free_sweeps):
+        previous = phase
+        phase = sweep(net, phase, update_groups(settings.update, depth, step), settings.feedback)
         if trace or (settings.tol and not x.is_meta):
             with torch.no_grad():
                 changes = relative_changes(phase.states, previous.states)
@@ -216,12 +234,8 @@ def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.
     practically infinite there, so that λ = 0 needs no case of its own.
     """
     limit = torch.finfo(dtype).max ** 0.5
-    gains = [abs(beta) * settings.feedback ** (depth - layer) for layer in range(1, depth + 1)]
-    return (
-        [min(1 / gain, limit) if gain else limit for gain in gains]
-        if beta > 0
-        else [-min(1 / gain, limit) if gain else -limit for gain in gains]
-    )
+    gains = [beta * settings.feedback ** (depth - layer) for layer in range(1, depth + 1)]
+    return [min(max(1 / gain, -limit), limit) if gain else math.copysign(limit, beta) for gain in gains]
 
 
 def nudged_phase(
@@ -234,7 +248,7 @@ def nudged_phase(
 ) -> NudgedPhase:
     """Settle from the free equilibrium under the forces −β λ^(N−l) g_l.
 
-        d_l ← clip(W_(l+1)ᵀ ⋆ d_(l+1) + λ W_l ⋆ d_(l−1) − g_l + c e_l, −c s_l, c (1 − s_l)),   c = 1/(β λ^(N−l)),
+        d_l ← clip(c e_l + W_(l+1)ᵀ ⋆ d_(l+1) + λ W_l ⋆ d_(l−1) − g_l, −c s_l, c (1 − s_l)),   c = 1/(β λ^(N−l)),
 
     with e_l = u_l − s_l the distance by which a saturated state is held. Under max pooling the winners are those of
     s + δ, and the drive's difference is that of the winners plus that of the values: exact, and free of cancellation
@@ -242,7 +256,7 @@ def nudged_phase(
 
     Args:
         net: as in the free phase.
-        free: where the free phase ended.
+        free: where the free phase ended; under max pooling with the drives at its states.
         forces: g_l per layer (None: none), normalised to about 1, in the shape of the states.
         settings: the sweeps, their order and λ.
         beta: nudging strength, with sign.
@@ -253,82 +267,88 @@ def nudged_phase(
     """
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, free.states[0].dtype)
-    deltas: list[Tensor | None] = [None] * depth
-    drives: list[Drive | None] = list(free.drives)
-    pulls: list[Tensor | None] = [None] * depth
-    for _ in range(settings.nudged_sweeps):
-        before = list(deltas)
-        for group in reversed(update_groups(settings.update, depth)):
+    phase = NudgedPhase([None] * depth, list(free.drives))
+    rises: list[Tensor | None] = [None] * depth  # what comes from below,
+    falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
+    for sweep in range(settings.nudged_sweeps):
+        before = list(phase.deltas)
+        for group in update_groups(settings.update, depth, sweep):
             for layer in group:
-                pulls[layer] = None
-                if layer and deltas[layer - 1] is not None and settings.feedback:
-                    pulls[layer], drives[layer] = _drive_difference(
-                        net, layer, deltas[layer - 1], free.drives[layer], scales, settings.feedback
-                    )
+                if rises[layer] is None and settings.feedback:
+                    rises[layer] = _rise(net, layer, free, phase, scales, settings.feedback)
             for layer in group:
-                if layer + 1 < depth and deltas[layer + 1] is not None:
-                    difference = routed_difference(net, layer + 1, free, deltas, drives, scales)
-                    back = net.couplings[layer + 1].feedback(
-                        net.kernels[layer + 1], difference, free.states[layer].shape
-                    )
-                    pulls[layer] = back if pulls[layer] is None else back.add_(pulls[layer])
-                force = forces[layer]
-                if force is not None:
-                    pulls[layer] = -force if pulls[layer] is None else pulls[layer].sub_(force)
+                if falls[layer] is None:
+                    falls[layer] = _fall(net, layer, free, phase, scales)
             for layer in group:
-                if pulls[layer] is not None:
-                    deltas[layer] = _held(pulls[layer], free.preactivations[layer], scales[layer])
+                phase.deltas[layer] = _held_sum(
+                    [rises[layer], falls[layer]],
+                    forces[layer],
+                    free.states[layer],
+                    free.preactivations[layer],
+                    scales[layer],
+                )
+                if phase.deltas[layer] is not None:
+                    if layer:
+                        falls[layer - 1] = None
+                    if layer + 1 < depth:
+                        rises[layer + 1] = None
         if trace:
-            trace(_delta_changes(deltas, before))
-    return NudgedPhase(deltas, drives)
+            trace(_delta_changes(phase.deltas, before))
+    return phase
 
 
-def _held(pull: Tensor, preactivation: Tensor, scale: float) -> Tensor:
-    """clip(c e + a, −c s, c (1 − s)) for a = `pull`.
+def _held_sum(
+    pulls: list[Tensor | None], force: Tensor | None, state: Tensor, preactivation: Tensor, scale: float
+) -> Tensor | None:
+    """clip(c e + Σ pulls − g, −c s, c (1 − s)); None if there is nothing that pulls.
 
-    Written clip(a, lower, upper) − clip(0, lower, upper) with lower = −c u and upper = c (1 − u): the same, and exactly a
-    where neither bound is met and exactly 0 where the state stays saturated.
+    The order of the sum keeps it exact: e = u − s is exactly 0 where the state is not saturated.
     """
-    edges = (-scale * preactivation, torch.add(torch.full_like(preactivation, scale), preactivation, alpha=-scale))
-    lower, upper = edges if scale > 0 else edges[::-1]
-    rest = torch.zeros_like(pull).clamp_(lower, upper)
-    return pull.clamp_(lower, upper).sub_(rest)
+    present = [pull for pull in pulls if pull is not None]
+    if not present and force is None:
+        return None
+    total = torch.sub(preactivation, state).mul_(scale)
+    for pull in present:
+        total.add_(pull)
+    if force is not None:
+        total.sub_(force)
+    edge = state * -scale
+    bounds = (edge, edge + scale)
+    return total.clamp_(*(bounds if scale > 0 else bounds[::-1]))
 
 
-def _drive_difference(
-    net: Net, layer: int, below: Tensor, free: Drive | None, scales: list[float], feedback: float
-) -> tuple[Tensor, Drive | None]:
-    """c_l [P(W ⋆ (s + δ)) − P(W ⋆ s)] for δ = d/c of the layer below, and the nudged drive (max pooling only)."""
-    change = net.couplings[layer].drive(net.kernels[layer], below)
-    if free is None or free.winners is None or free.unpooled is None or change.unpooled is None:
-        return change.value.mul_(feedback), free
-    nudged = torch.add(free.unpooled, change.unpooled, alpha=1 / scales[layer - 1])
-    value, winners = torch.nn.functional.max_pool2d(nudged, 2, return_indices=True)
-    at_winners = partial(_take, indices=winners)
-    difference = (
-        (at_winners(free.unpooled) - free.value).mul_(scales[layer]).add_(at_winners(change.unpooled), alpha=feedback)
-    )
-    return difference, Drive(value, winners, nudged)
+def _rise(
+    net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float], feedback: float
+) -> Tensor | None:
+    """c_l [P(W ⋆ (s + δ)) − P(W ⋆ s)] for the δ of the layer below; under max pooling it also updates the drive."""
+    below = phase.deltas[layer - 1] if layer else None
+    if below is None:
+        return None
+    at_rest, change = free.drives[layer], net.convolve(layer, below)
+    if at_rest is None or at_rest.unpooled is None:
+        return change.mul_(feedback)
+    drive = max_pool(torch.add(at_rest.unpooled, change, alpha=1 / scales[layer - 1]))
+    phase.drives[layer] = drive
+    moved = drive.at_winners(at_rest.unpooled) - at_rest.value
+    return moved.mul_(scales[layer]).add_(drive.at_winners(change), alpha=feedback)
 
 
-def _take(maps: Tensor, indices: Tensor) -> Tensor:
-    return maps.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+def _fall(net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:
+    """c_l λ Wᵀ ⋆ [P'ᵀ(s + δ) − Pᵀ s] for the δ of the layer above."""
+    if layer + 1 == len(free.states):
+        return None
+    difference = routed_difference(layer + 1, free, phase, scales)
+    return None if difference is None else net.feedback(layer + 1, difference, free.states[layer])
 
 
-def routed_difference(
-    net: Net,
-    layer: int,
-    free: FreePhase,
-    deltas: Sequence[Tensor | None],
-    drives: Sequence[Drive | None],
-    scales: list[float],
-) -> Tensor:
+def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:
     """c_l [P'ᵀ(s_l + δ_l) − Pᵀ s_l]: the layer's difference as its convolution sees it; d_l where pooling is linear."""
-    coupling, delta, old, new = net.couplings[layer], deltas[layer], free.drives[layer], drives[layer]
-    if not coupling.max_pool or old is None or new is None:
+    delta, at_rest, nudged = phase.deltas[layer], free.drives[layer], phase.drives[layer]
+    if delta is None or at_rest is None or nudged is None or nudged.winners is None:
         return delta
-    moved = coupling.unpool(free.states[layer], new) - coupling.unpool(free.states[layer], old)
-    return coupling.unpool(delta, new).add_(moved, alpha=scales[layer])
+    state = free.states[layer]
+    moved = nudged.route(state) - at_rest.route(state)
+    return nudged.route(delta).add_(moved, alpha=scales[layer])
 
 
 def _delta_changes(new: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor]:

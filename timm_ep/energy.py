@@ -40,16 +40,39 @@ def fold_average_pool(kernel: Tensor) -> Tensor:
 
 
 class Drive(NamedTuple):
-    """What a layer sends up: `value` = P(W ⋆ s); under max pooling also which positions won, and the unpooled map."""
+    """What a layer receives from below: `value` = P(W ⋆ s) + b, (B, out, H', W').
+
+    Under max pooling also `winners`, the flat indices of the positions that won, in the shape of `value`, and
+    `unpooled`, the map W ⋆ s + b before pooling, (B, out, H, W).
+    """
 
     value: Tensor
     winners: Tensor | None = None
     unpooled: Tensor | None = None
 
+    def route(self, above: Tensor) -> Tensor:
+        """Pᵀ s: the adjoint of max pooling sends each value to the position that won; without it, nothing to do."""
+        if self.winners is None or self.unpooled is None:
+            return above
+        routed = torch.zeros_like(self.unpooled, memory_format=torch.contiguous_format).flatten(2)
+        return routed.scatter(2, self.winners.flatten(2), above.flatten(2)).view(self.unpooled.shape)
+
+    def at_winners(self, unpooled: Tensor) -> Tensor:
+        """The values of another unpooled map at the winners of this one, in the shape of `value`."""
+        if self.winners is None:
+            return unpooled
+        return unpooled.flatten(2).gather(2, self.winners.flatten(2)).view(self.winners.shape)
+
+
+def max_pool(unpooled: Tensor) -> Drive:
+    """2×2 max pooling at stride 2, with the winners."""
+    value, winners = F.max_pool2d(unpooled, 2, return_indices=True)
+    return Drive(value, winners, unpooled)
+
 
 @dataclass(frozen=True)
 class Coupling:
-    """The geometry of W_l and P_l between the states s_(l−1) and s_l. The kernel itself is always an argument.
+    """The geometry of W_l and P_l between the states s_(l−1) and s_l.
 
     Attributes:
         stride: of the convolution; 2 where average pooling is folded into the kernel.
@@ -61,44 +84,41 @@ class Coupling:
     padding: int = 1
     max_pool: bool = False
 
-    def drive(self, kernel: Tensor, below: Tensor, bias: Tensor | None = None) -> Drive:
-        """P(W ⋆ s_(l−1)) + b; `below` is (B, in, H, W)."""
-        out = F.conv2d(below, kernel, bias, self.stride, self.padding)
-        if not self.max_pool:
-            return Drive(out)
-        pooled, winners = F.max_pool2d(out, 2, return_indices=True)
-        return Drive(pooled, winners, out)
-
-    def feedback(self, kernel: Tensor, above: Tensor, below_size: torch.Size) -> Tensor:
-        """Wᵀ ⋆ `above`: the adjoint of the convolution, to the spatial size of `below_size` (odd sizes included)."""
-        pads = [
-            size - ((out - 1) * self.stride - 2 * self.padding + tap)
-            for size, out, tap in zip(below_size[-2:], above.shape[-2:], kernel.shape[-2:], strict=True)
-        ]
-        return F.conv_transpose2d(above, kernel, None, self.stride, self.padding, pads)
-
-    def unpool(self, above: Tensor, drive: Drive) -> Tensor:
-        """Pᵀ s_l: the adjoint of max pooling routes each value to the position that won in `drive`; else identity."""
-        if drive.winners is None or drive.unpooled is None:
-            return above
-        routed = torch.zeros_like(drive.unpooled, memory_format=torch.contiguous_format).flatten(2)
-        return routed.scatter(2, drive.winners.flatten(2), above.flatten(2)).view(drive.unpooled.shape)
-
-    def kernel_contrast(self, kernel: Tensor, below: Tensor, above: Tensor) -> Tensor:
-        """`above` ⊗ `below`: ∂⟨above, W ⋆ below⟩/∂W, summed over the batch."""
-        return conv2d_weight(below, list(kernel.shape), above, self.stride, self.padding)
-
 
 class Net(NamedTuple):
-    """A net as the energy sees it: one coupling, effective kernel and bias per layer.
+    """A net as the energy sees it: one coupling, effective kernel (out, in, k, k) and bias (out,) per layer.
 
     Effective kernels are functions of the parameters (weight standardisation, folded pooling); the chain rule from
-    kernel to parameter is left to autograd.
+    kernel to parameter is left to autograd. Layers count from 0 here: layer 0 couples x to s_1.
     """
 
     couplings: tuple[Coupling, ...]
     kernels: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
+
+    def convolve(self, layer: int, below: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W ⋆ `below` + `bias`."""
+        coupling = self.couplings[layer]
+        return F.conv2d(below, self.kernels[layer], bias, coupling.stride, coupling.padding)
+
+    def drive(self, layer: int, below: Tensor) -> Drive:
+        """P(W ⋆ `below`) + b."""
+        out = self.convolve(layer, below, self.biases[layer])
+        return max_pool(out) if self.couplings[layer].max_pool else Drive(out)
+
+    def feedback(self, layer: int, above: Tensor, below: Tensor) -> Tensor:
+        """Wᵀ ⋆ `above`: the adjoint of the convolution, in the spatial size of `below` (odd sizes included)."""
+        coupling, kernel = self.couplings[layer], self.kernels[layer]
+        pads = [
+            size - ((out - 1) * coupling.stride - 2 * coupling.padding + tap)
+            for size, out, tap in zip(below.shape[-2:], above.shape[-2:], kernel.shape[-2:], strict=True)
+        ]
+        return F.conv_transpose2d(above, kernel, None, coupling.stride, coupling.padding, pads)
+
+    def kernel_contrast(self, layer: int, below: Tensor, above: Tensor) -> Tensor:
+        """`above` ⊗ `below` = ∂⟨above, W ⋆ below⟩/∂W, summed over the batch."""
+        coupling = self.couplings[layer]
+        return conv2d_weight(below, list(self.kernels[layer].shape), above, coupling.stride, coupling.padding)
 
 
 def energy(net: Net, x: Tensor, states: tuple[Tensor, ...] | list[Tensor], feedback: float) -> Tensor:
@@ -111,10 +131,8 @@ def energy(net: Net, x: Tensor, states: tuple[Tensor, ...] | list[Tensor], feedb
         feedback: λ > 0.
     """
     total = x.new_zeros(len(x))
-    below = x
-    for depth, (coupling, kernel, bias, state) in enumerate(zip(*net, states, strict=True), 1):
-        drive = coupling.drive(kernel, below).value + bias[:, None, None]
-        layer = (0.5 * state - drive) * state
-        total = total + feedback ** (depth - len(states)) * layer.flatten(1).sum(1)
-        below = state
+    for layer, state in enumerate(states):
+        drive = net.drive(layer, states[layer - 1] if layer else x).value
+        weight = feedback ** (layer + 1 - len(states))
+        total = total + weight * ((0.5 * state - drive) * state).flatten(1).sum(1)
     return total

@@ -7,9 +7,10 @@ put on them, with no path between layers; the nudged phase and the contrast of t
 
 With the exact difference of the two phases, in the coordinates of `timm_ep.dynamics`, and no rounding of a small nudge:
 
-    dL/dW_l = −[d_l ⊗ (s_(l−1) + ½δ_(l−1)) + λ (s_l + ½δ_l) ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
+    dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,14 +65,16 @@ class _Equilibrium(torch.autograd.Function):
         ctx: Any, settings: Settings, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
-        free = free_phase(Net(couplings, params[:depth], params[depth:]), x, settings)
+        net = Net(couplings, params[:depth], params[depth:])
+        free = free_phase(net, x, settings)
+        # Only max pooling reads the drives of the free phase again, for their winners.
+        drives = [
+            (free.drives[layer] or net.drive(layer, free.states[layer - 1])) if coupling.max_pool else _NO_DRIVE
+            for layer, coupling in enumerate(couplings)
+        ]
         ctx.settings, ctx.couplings = settings, couplings
         ctx.set_materialize_grads(False)
-        # Only max pooling reads the drives of the free phase again.
-        drives = [d if c.max_pool else None for d, c in zip(free.drives, couplings, strict=True)]
-        ctx.save_for_backward(
-            x, *params, *free.states, *free.preactivations, *(t for d in drives for t in d or (None,) * 3)
-        )
+        ctx.save_for_backward(x, *params, *free.states, *free.preactivations, *chain.from_iterable(drives))
         return tuple(free.states)
 
     @staticmethod
@@ -79,13 +82,16 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         depth = len(ctx.couplings)
         x, *saved = ctx.saved_tensors
-        kernels, biases, states, preactivations = (tuple(saved[i * depth : (i + 1) * depth]) for i in range(4))
-        triples = zip(*[iter(saved[4 * depth :])] * 3, strict=True)
-        drives = [None if value is None else Drive(value, winners, unpooled) for value, winners, unpooled in triples]
-        net = Net(ctx.couplings, kernels, biases)
-        free = FreePhase(list(states), list(preactivations), drives)
+        kernels, biases, states, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(4))
+        triples = (saved[4 * depth + i :: 3] for i in range(3))
+        drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
+        net = Net(ctx.couplings, tuple(kernels), tuple(biases))
+        free = FreePhase(states, preactivations, drives, [None] * depth)
         with torch.autocast(x.device.type, enabled=False):
             return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
+
+
+_NO_DRIVE: tuple[None, None, None] = (None, None, None)
 
 
 def ep_gradient(
@@ -138,39 +144,27 @@ def _contrast(
     """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias."""
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
-    x_grad: Tensor | None = None
+    needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
+    x_grad = torch.zeros_like(x) if needs_x else None
     kernel_grads: list[Tensor | None] = [None] * depth
     bias_grads: list[Tensor | None] = [None] * depth
-    for layer, (coupling, kernel) in enumerate(zip(net.couplings, net.kernels, strict=True)):
-        delta = nudged.deltas[layer]
-        below = nudged.deltas[layer - 1] if layer else None
-        below_state = free.states[layer - 1] if layer else x
-        difference = None
-        if delta is not None:
-            difference = routed_difference(net, layer, free, nudged.deltas, nudged.drives, scales)
-            if needed[1 + depth + layer]:
-                bias_grads[layer] = -delta.sum((0, 2, 3))
-            if layer == 0 and needed[0]:
-                x_grad = -coupling.feedback(kernel, difference, x.shape)
-        if needed[1 + layer]:
-            pairs = []
+    for layer in range(depth):
+        delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
+        difference = routed_difference(layer, free, nudged, scales)
+        if needs_bias[layer]:
+            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if delta is None else -delta.sum((0, 2, 3))
+        if needs_kernel[layer]:
+            total = torch.zeros_like(net.kernels[layer])
             if difference is not None:
-                middle = below_state if below is None else torch.add(below_state, below, alpha=0.5 / scales[layer - 1])
-                pairs.append((middle, difference))
-            if below is not None and settings.feedback:
-                state = (
-                    free.states[layer]
-                    if free.drives[layer] is None
-                    else coupling.unpool(free.states[layer], free.drives[layer])
-                )
-                middle = state if difference is None else torch.add(state, difference, alpha=0.5 / scales[layer])
-                pairs.append((below, settings.feedback * middle))
-            for low, high in pairs:
-                part = coupling.kernel_contrast(kernel, low, high)
-                kernel_grads[layer] = part if kernel_grads[layer] is None else kernel_grads[layer].add_(part)
-            kernel_grads[layer] = kernel_grads[layer].neg_() if pairs else torch.zeros_like(kernel)
-        if delta is None and needed[1 + depth + layer]:
-            bias_grads[layer] = torch.zeros_like(net.biases[layer])
-    if needed[0] and x_grad is None:
-        x_grad = torch.zeros_like(x)
+                below = free.states[layer - 1] if layer else x
+                if below_delta is not None:  # the nudged state, so that both terms make the whole difference
+                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1])
+                total.sub_(net.kernel_contrast(layer, below, difference))
+            if below_delta is not None and settings.feedback:
+                drive = free.drives[layer]
+                state = drive.route(free.states[layer]) if drive else free.states[layer]
+                total.sub_(net.kernel_contrast(layer, below_delta, state), alpha=settings.feedback)
+            kernel_grads[layer] = total
+        if x_grad is not None and layer == 0 and difference is not None:
+            x_grad = -net.feedback(0, difference, x)
     return [x_grad, *kernel_grads, *bias_grads]

@@ -1,8 +1,8 @@
 """VGGs as convergent recurrent nets, trained by Equilibrium Propagation.
 
-Architectures after Simonyan & Zisserman, *Very Deep Convolutional Networks* (arXiv:1409.1556); as EP nets after Laborieux
-et al., *Scaling Equilibrium Propagation to Deep ConvNets* (2021) and Lin, Bal & Sengupta, *Scalable Equilibrium
-Propagation via Intermediate Error Signals for Deep Convolutional CRNNs* (arXiv:2508.15989).
+Architectures after Simonyan & Zisserman, *Very Deep Convolutional Networks* (arXiv:1409.1556); as EP nets after
+Laborieux et al., *Scaling Equilibrium Propagation to Deep ConvNets* (2021) and Lin, Bal & Sengupta, *Scalable
+Equilibrium Propagation via Intermediate Error Signals for Deep Convolutional CRNNs* (arXiv:2508.15989).
 """
 
 from dataclasses import replace
@@ -32,8 +32,9 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
     "vgg19": (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
 }
 
-# A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it: these
-# gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, at any depth.
+# A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
+# these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
+# every layer.
 _GAIN = 1.8
 _POOLED_GAIN = 3.0
 
@@ -41,9 +42,9 @@ _POOLED_GAIN = 3.0
 class EpConv2d(nn.Module):
     """The parameters of one coupling: a 3×3 kernel under scaled weight standardisation, and a bias.
 
-    The kernel in use is gain · (W − mean) / (std · √fan-in) per output channel: a function of the parameters alone, so EP
-    stays exact, that keeps the size of a kernel, and with it the loop gain, from running away in training (Brock et al.,
-    arXiv:2101.08692). Batch statistics would couple the samples and break the energy.
+    The kernel in use is gain · (W − mean) / (std · √fan-in) per output channel: a function of the parameters alone, so
+    EP stays exact, that keeps the size of a kernel, and with it the loop gain, from running away in training (Brock et
+    al., arXiv:2101.08692). Batch statistics would couple the samples and break the energy.
 
     Args:
         in_chs: channels of the state below.
@@ -72,13 +73,13 @@ class EpConv2d(nn.Module):
         nn.init.constant_(self.gain, self.initial_gain)
         nn.init.zeros_(self.bias)
 
-    def kernel(self) -> Tensor:
-        """The effective kernel, (out, in, 3, 3)."""
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = self.weight[0].numel()
         # Relative to the variance at the start, 1/fan_in, so that the floor means the same in every layer.
         scale = self.gain[:, None, None, None] * torch.rsqrt(var * fan_in + 1e-6)
-        return (self.weight - mean) * scale
+        return (self.weight - mean) * scale, self.bias
 
 
 def _setting(name: str) -> property:
@@ -185,12 +186,13 @@ class EpVgg(nn.Module):
     def net(self) -> Net:
         """The net as its energy sees it; differentiable with respect to the parameters."""
         fold = self.settings.pool == "avg"
-        couplings, kernels = [], []
+        couplings, kernels, biases = [], [], []
         for layer, pooled in zip(self.layers, self.pooled, strict=True):
-            kernel = layer.kernel()
+            kernel, bias = layer()
             kernels.append(fold_average_pool(kernel) if pooled and fold else kernel)
+            biases.append(bias)
             couplings.append(Coupling(stride=2 if pooled and fold else 1, max_pool=pooled and not fold))
-        return Net(tuple(couplings), tuple(kernels), tuple(layer.bias for layer in self.layers))
+        return Net(tuple(couplings), tuple(kernels), tuple(biases))
 
     def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
         """The states at the free equilibrium, differentiable by the method of `settings.gradient`.
@@ -203,8 +205,8 @@ class EpVgg(nn.Module):
 
         Raises:
             TypeError: `x` is not a floating-point tensor of the model's dtype (or of any, under autocast).
-            ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the CPU
-                only, as it would make another device wait) pixels that are not finite.
+            ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the
+                CPU only, as it would make another device wait) pixels that are not finite.
         """
         self._check(x)
         return equilibrium(self.net(), x, self.settings, recompute=self.grad_checkpointing)
@@ -223,8 +225,8 @@ class EpVgg(nn.Module):
         smallest = 2 ** sum(self.pooled)
         if min(x.shape[-2:]) < smallest:
             raise ValueError(
-                f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at least "
-                f"{smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
+                f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at "
+                f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
             )
         if len(x) == 0:
             raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
