@@ -287,11 +287,11 @@ def nudged_phase(
                     free.preactivations[layer],
                     scales[layer],
                 )
-                if phase.deltas[layer] is not None:
-                    if layer:
-                        falls[layer - 1] = None
-                    if layer + 1 < depth:
-                        rises[layer + 1] = None
+            for layer in group:
+                if layer:
+                    falls[layer - 1] = None
+                if layer + 1 < depth:
+                    rises[layer + 1] = None
         if trace:
             trace(_delta_changes(phase.deltas, before))
     return phase
