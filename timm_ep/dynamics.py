@@ -58,9 +58,9 @@ class Settings:
         ValueError: a value outside of these.
     """
 
-    feedback: float = 0.03
-    free_sweeps: int = 2
-    nudged_sweeps: int = 3
+    feedback: float = 0.02
+    free_sweeps: int = 4
+    nudged_sweeps: int = 1
     beta: float = 1e-3
     tol: float = 0.0
     nudging: Literal["one-sided", "centered"] = "one-sided"

@@ -10,6 +10,7 @@ With the exact difference of the two phases, in the coordinates of `timm_ep.dyna
     dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -46,17 +47,23 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
         N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else net.kernels[0].dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
     # Settling repeats convolutions and their adjoints on the same maps: channels-last is the faster format for both.
     x, *kernels = (t.to(dtype=dtype, memory_format=torch.channels_last) for t in (x, *net.kernels))
     biases = tuple(bias.to(dtype) for bias in net.biases)
-    with torch.autocast(device, enabled=False):
+    with _no_autocast(device):
         if settings.gradient == "ep":
             return _Equilibrium.apply(settings, net.couplings, x, *kernels, *biases)
         net = Net(net.couplings, tuple(kernels), biases)
         if settings.gradient == "backprop":
             return tuple(feedforward_pass(net, x, recompute).states)
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -87,7 +94,7 @@ class _Equilibrium(torch.autograd.Function):
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
         net = Net(ctx.couplings, tuple(kernels), tuple(biases))
         free = FreePhase(states, preactivations, drives, [None] * depth)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
 
 

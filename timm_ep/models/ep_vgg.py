@@ -32,6 +32,9 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
     "vgg19": (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
 }
 
+# λ: weaker where more layers multiply the loop gain. See the table of λ in the README for how these were measured.
+_FEEDBACK = {"vgg5": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
+
 # A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
 # these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
 # every layer.
@@ -215,7 +218,7 @@ class EpVgg(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
         dtype = self.layers[0].weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
@@ -308,7 +311,7 @@ def _create(variant: str, architecture: str, width: float, pretrained: bool, **k
         pretrained,
         architecture=cfg,
         feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
-        **kwargs,
+        **{"feedback": _FEEDBACK[architecture], **kwargs},
     )
 
 

@@ -1,0 +1,248 @@
+"""The models keep timm's contract."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import pytest
+import timm
+import timm.optim
+import torch
+import torch.nn.functional as F
+from conftest import make_batch, make_net
+from timm.models._features_fx import get_notrace_modules
+from torch.testing import assert_close
+
+import timm_ep
+
+NAMES = timm.list_models("ep_*")
+SMALL = "ep_vgg5_025"
+
+
+def test_the_family_is_registered():
+    assert set(NAMES) == {
+        *(f"ep_vgg{depth}" for depth in (5, 9, 11, 13, 16, 19)),
+        *(f"ep_vgg{depth}_{width}" for depth in (5, 9, 11, 16) for width in ("025", "050")),
+    }
+    assert timm.models.is_model_in_modules("ep_vgg16", ["ep_vgg"])
+
+
+@pytest.mark.parametrize(("name", "depth"), [("ep_vgg5", 4), ("ep_vgg9", 8), ("ep_vgg16", 13), ("ep_vgg19", 16)])
+def test_depth_and_width_are_those_of_the_name(name, depth):
+    model = timm.create_model(name, device="meta")
+    assert len(model.layers) == depth
+    assert model.num_features == 512
+    assert model.get_classifier().out_features == model.num_classes == 1000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_init_settles_and_reaches_every_layer(name):
+    """On CIFAR-like input: within 2 % of the equilibrium in every layer, and a gradient in every parameter."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 7])
+    at_rest = copy.deepcopy(model)
+    at_rest.free_sweeps = 24
+    assert at_rest.free_residual(x)[-1] < 1e-4
+    with torch.no_grad():
+        for ours, exact in zip(model.equilibrium(x), at_rest.equilibrium(x), strict=True):
+            assert (ours - exact).norm() < 0.02 * exact.norm()
+    F.cross_entropy(model(x), y).backward()
+    norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
+    assert all(norm > 1e-6 for norm in norms.values()), norms
+    weights = [norm for key, norm in norms.items() if key.endswith("weight") and "head" not in key]
+    assert max(weights) < 1000 * min(weights)
+
+
+def test_meta_device_and_dtype_reach_every_parameter():
+    model = timm.create_model(SMALL, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert model(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.bfloat16)).shape == (2, 1000)
+
+
+def test_bfloat16_parameters_train():
+    model = timm.create_model(SMALL, num_classes=10).to(torch.bfloat16)
+    F.cross_entropy(model(torch.randn(4, 3, 32, 32, dtype=torch.bfloat16)).float(), torch.arange(4)).backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_states_have_the_documented_shapes_and_range():
+    model = timm.create_model(SMALL, in_chans=1)
+    states = model.equilibrium(torch.randn(2, 1, 37, 50))
+    assert [tuple(s.shape) for s in states] == [(2, 32, 18, 25), (2, 64, 9, 12), (2, 128, 4, 6), (2, 128, 2, 3)]
+    assert all(((s >= 0) & (s <= 1)).all() for s in states)
+
+
+def test_head_is_the_last_module_and_optional():
+    model = timm.create_model(SMALL, num_classes=7)
+    assert [name for name, _ in model.named_parameters()][-2:] == ["head.fc.weight", "head.fc.bias"]
+    x = torch.randn(2, 3, 32, 32)
+    features = model.forward_features(x)
+    assert_close(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, 128)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert_close(model(x), features.mean((2, 3)))
+    model.reset_classifier(0, "")
+    assert_close(model(x), features)
+    assert timm.create_model(SMALL, num_classes=0)(x).shape == (2, 128)
+
+
+def test_features_only_taps_the_last_state_of_each_resolution():
+    torch.manual_seed(0)
+    whole = timm.create_model("ep_vgg9_025")
+    features = timm.create_model("ep_vgg9_025", features_only=True)
+    features.model.load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("head")})
+    assert features.feature_info.channels() == [16, 32, 64, 128, 128]
+    assert features.feature_info.reduction() == [1, 2, 4, 8, 16]
+    x = torch.randn(2, 3, 32, 32)
+    states, maps = whole.equilibrium(x), features(x)
+    for layer, tapped in zip((0, 2, 4, 6, 7), maps, strict=True):
+        assert_close(tapped, states[layer])
+    assert len(timm.create_model("ep_vgg9_025", features_only=True, out_indices=(1, 3))(x)) == 2
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in features.parameters())
+
+
+def test_forward_intermediates():
+    model, x = timm.create_model("ep_vgg9_025"), torch.randn(2, 3, 32, 32)
+    states = model.equilibrium(x)
+    last, maps = model.forward_intermediates(x, indices=2)
+    assert_close(last, states[-1])
+    assert [m.shape for m in maps] == [states[6].shape, states[7].shape]
+    assert len(model.forward_intermediates(x, intermediates_only=True)) == 5
+    with pytest.raises(ValueError, match="NLC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+def test_pruning_keeps_the_layers_that_feed_back():
+    model, x = timm.create_model("ep_vgg9_025"), torch.randn(2, 3, 32, 32)
+    expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert_close(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], expected)
+    assert model.num_classes == 0
+
+
+def test_parameter_groups_follow_depth():
+    model = timm.create_model(SMALL)
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.5, weight_decay=0.05)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scales = [scale[id(conv.weight)] for conv in model.layers] + [scale[id(model.head.fc.weight)]]
+    assert scales == sorted(scales)
+    assert len(set(scales)) > 3
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.dim() > 1}
+
+
+def test_settings_are_arguments_attributes_and_json():
+    model = timm.create_model(SMALL, feedback=0.5, free_sweeps=7, nudging="centered")
+    assert (model.feedback, model.free_sweeps, model.nudging) == (0.5, 7, "centered")
+    model.gradient = "bptt"
+    model.tol = 1e-3
+    assert model.settings == timm_ep.Settings(
+        feedback=0.5, free_sweeps=7, nudging="centered", gradient="bptt", tol=1e-3
+    )
+    assert json.loads(json.dumps(asdict(model.settings)))["tol"] == 1e-3
+    with pytest.raises(ValueError, match="free_sweeps=-1"):
+        model.free_sweeps = -1
+    assert model.free_sweeps == 7
+
+
+def test_changing_a_setting_changes_the_net():
+    model, x = timm.create_model(SMALL), torch.randn(2, 3, 32, 32)
+    logits = {0.02: model(x)}
+    model.feedback = 0.0
+    logits[0.0] = model(x)
+    model.gradient, model.feedback = "backprop", 0.02
+    assert_close(model(x), logits[0.0])
+    assert not torch.allclose(logits[0.0], logits[0.02])
+    model.gradient, model.pool = "ep", "max"
+    assert not torch.allclose(model(x), logits[0.02])
+
+
+def test_compiles_deep_copies_and_traces_as_a_leaf():
+    model, x = timm.create_model(SMALL, num_classes=10), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    assert_close(copy.deepcopy(model)(x), expected)
+    compiled = torch.compile(model, backend="eager")
+    F.cross_entropy(compiled(x), torch.tensor([0, 1])).backward()
+    assert_close(compiled(x), expected)
+    assert model.layers[0].weight.grad.norm() > 0
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = model
+
+        def forward(self, x):
+            return self.body(x) * 2
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) in get_notrace_modules() or super().is_leaf_module(module, name)
+
+    wrapper = Wrapper()
+    graph_module = torch.fx.GraphModule(wrapper, Tracer().trace(wrapper))
+    assert_close(graph_module(x), expected * 2)
+
+
+def test_weights_survive_a_checkpoint(tmp_path):
+    from safetensors.torch import save_file
+
+    model, x = timm.create_model(SMALL, num_classes=10), torch.randn(2, 3, 32, 32)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = timm.create_model(SMALL, num_classes=10, checkpoint_path=str(tmp_path / "weights.safetensors"))
+    assert_close(loaded(x), model(x))
+
+
+def test_first_convolution_and_classifier_adapt_to_pretrained_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    model = timm.create_model(SMALL)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 1000}
+    other = timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1)
+    assert other.layers[0].weight.shape[1] == 1
+    assert other.head.fc.out_features == 4
+    assert_close(other.layers[1].weight, model.layers[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.randn(2, 1, 32, 32), ValueError, r"\(2, 1, 32, 32\); expected \(batch, 3"),
+        (torch.randn(3, 32, 32), ValueError, r"\(3, 32, 32\); expected"),
+        (torch.randn(2, 3, 8, 32), ValueError, "8×32 pixels are too small: 4 poolings need at least 16×16"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "torch.uint8; expected floating point"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.float64), TypeError, "torch.float64 and the model torch.float32"),
+        (torch.full((1, 3, 32, 32), float("nan")), ValueError, "3072 of 3072 pixels are NaN"),
+        (torch.zeros(0, 3, 32, 32), ValueError, "batch is empty"),
+    ],
+)
+def test_bad_images_are_named(images, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model(SMALL)(images)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="'lambda_'"):
+        timm.create_model(SMALL, lambda_=1)
+    with pytest.raises(ValueError, match="feedback=-1"):
+        timm.create_model(SMALL, feedback=-1)
+    with pytest.raises(ValueError, match="beta=0"):
+        timm.create_model(SMALL, beta=0)
+
+
+def test_reducing_the_loss_by_plain_gradient_descent():
+    """Any loop: EP's gradient lowers the loss it was taken of."""
+    model, (x, y) = make_net(4, feedback=0.1), make_batch(batch=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(10):
+        loss = F.cross_entropy(model(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
