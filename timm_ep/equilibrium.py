@@ -123,7 +123,7 @@ def ep_gradient(
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    largest = torch.stack([g.abs().amax().float() for g in grads if g is not None]).amax()
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
     scale = torch.where(largest == 0, torch.ones_like(largest), largest)
     forces = [
         None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
