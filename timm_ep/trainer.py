@@ -1,0 +1,243 @@
+"""Training a model of timm's registry by EP, from options to a folder with weights that timm loads."""
+
+import csv
+import dataclasses
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_ep.cards import RESULTS_NAME, RunFacts
+from timm_ep.data import DataSource, create_loader, image_transform, limit, open_data
+from timm_ep.evaluate import evaluate
+from timm_ep.files import replacing
+from timm_ep.models import EpVgg
+
+_RESIDUAL_INTERVAL = 50  # steps between measurements of the free residual: each costs a free phase of 8 images
+
+
+@dataclass
+class Trainer:
+    """Train a model: `Trainer(model="ep_vgg5_025", epochs=5).run()`, or `timm-ep train` with the same options.
+
+    Args:
+        model: name in timm's registry; an `ep_vgg*`, or any other, trained by its own backward pass.
+        output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), summary.csv,
+            results.json.
+        dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`) or `torch/NAME`.
+        data_dir: where the images are.
+        model_args: further arguments of the model, such as `feedback` or `free_sweeps`.
+        gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
+            twin). Only for `ep_vgg*`.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        optimizer: name of a timm optimizer.
+        lr: peak learning rate; follows a cosine to zero after the warmup.
+        weight_decay: on kernels and the classifier, not on gains and biases.
+        warmup_epochs: of linearly rising learning rate.
+        smoothing: label smoothing.
+        clip_norm: clip the gradient to this norm; none by default.
+        augment: `none`, `crop` or `flip-crop`.
+        train_images: train on a fixed random subset of this size.
+        seed: of weights, order and augmentation.
+        device: `cpu`, `cuda`, `cuda:1`, …
+        workers: processes that load images; 0 loads in the main process, best for small images on few cores.
+        quiet: print one line an epoch instead of progress bars. Also so if the output is not a terminal.
+    """
+
+    model: str = "ep_vgg5_025"
+    output: Path = Path("runs/train")
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    gradient: Literal["ep", "bptt", "backprop"] = "ep"
+    epochs: int = 10
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_epochs: int = 1
+    smoothing: float = 0.0
+    clip_norm: float | None = None
+    augment: Literal["none", "crop", "flip-crop"] = "none"
+    train_images: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in {"epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_epochs": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        if self.warmup_epochs >= self.epochs:
+            self.warmup_epochs = self.epochs - 1  # the cosine needs an epoch of its own
+        self.output = Path(self.output)
+
+    def run(self) -> RunFacts:
+        """Train, test, and write the output folder.
+
+        Returns:
+            the facts of the run, with the test accuracy in percent.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite.
+            ValueError: fewer training images than a batch, or options of the wrong kind.
+        """
+        torch.manual_seed(self.seed)
+        data = open_data(self.dataset, self.data_dir)
+        model = self._create_model(data).to(self.device)
+        config = resolve_data_config(model=model)
+        size, mean, std = config["input_size"][-1], *(_channels(config[k], data.channels) for k in ("mean", "std"))
+        data.train.transform = image_transform(size, mean, std, self.augment)
+        data.test.transform = image_transform(size, mean, std)
+        train = limit(data.train, self.train_images)
+        if len(train) < self.batch_size:
+            raise ValueError(
+                f"{len(train)} training images are less than a batch of {self.batch_size}; lower batch_size."
+            )
+        loader = create_loader(train, self.batch_size, self.seed, self.workers)
+
+        started = time.monotonic()
+        rows = list(self._epochs(model, loader))
+        seconds = time.monotonic() - started
+        tested = evaluate(model, create_loader(data.test, 256, workers=self.workers), self.device)
+        rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
+
+        facts = RunFacts(
+            architecture=self.model,
+            command=shlex.join(["timm-ep", *sys.argv[1:]]),
+            seed=self.seed,
+            dataset=self.dataset,
+            n_train=len(train),
+            n_test=len(data.test),
+            top1=tested.top1,
+            top5=tested.top5,
+            epochs=self.epochs,
+            train_seconds=seconds,
+            settings=dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {},
+            feedback_share=tested.feedback_share,
+        )
+        self._save(model, data, (data.channels, size, size), mean, std, rows, facts)
+        print(
+            f"saved to {self.output}\naccuracy: {facts.top1:.1f} % ({facts.architecture}, {seconds:.0f} s of training)"
+        )
+        return facts
+
+    def _create_model(self, data: DataSource) -> nn.Module:
+        settings = {"gradient": self.gradient} if self.model.startswith("ep_vgg") else {}
+        return timm.create_model(
+            self.model, num_classes=len(data.classes), in_chans=data.channels, **{**settings, **self.model_args}
+        )
+
+    def _epochs(self, model: nn.Module, loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
+        task = ClassificationTask(
+            model, criterion_kwargs={"smoothing": self.smoothing}, device=torch.device(self.device), verbose=False
+        )
+        optimizer = create_optimizer_v2(model, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=self.epochs,
+            warmup_epochs=self.warmup_epochs,
+            warmup_lr=self.lr / 100,
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=len(loader),
+        )
+        quiet, step, residual = self.quiet or not sys.stderr.isatty(), 0, float("nan")
+        for epoch in range(1, self.epochs + 1):
+            model.train()
+            started, loss_sum, correct, seen = time.monotonic(), 0.0, 0, 0
+            bar = tqdm(loader, f"epoch {epoch}/{self.epochs}", disable=quiet, leave=False)
+            for images, labels in bar:
+                images, labels = images.to(self.device), labels.to(self.device)
+                result = task(images, labels)
+                loss = result["loss"].item()
+                if step % _RESIDUAL_INTERVAL == 0 and isinstance(model, EpVgg):
+                    residual = (model.free_residual(images[:8]) or [0.0])[-1]
+                if not abs(loss) < float("inf"):
+                    raise FloatingPointError(
+                        f"The loss is {loss} at step {step} (epoch {epoch}, free residual {residual:.3g}): lower lr "
+                        f"({self.lr}) or set clip_norm; above a residual of about 0.1 lower feedback or raise free_sweeps."
+                    )
+                optimizer.zero_grad()
+                result["loss"].backward()
+                if self.clip_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
+                optimizer.step()
+                step += 1
+                scheduler.step_update(step)
+                seen += len(labels)
+                loss_sum += loss * len(labels)
+                correct += int((result["output"].argmax(1) == labels).sum())
+                bar.set_postfix(
+                    loss=f"{loss_sum / seen:.3f}", accuracy=f"{correct / seen:.1%}", residual=f"{residual:.1e}"
+                )
+            row = {
+                "epoch": epoch,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": loss_sum / seen,
+                "train_accuracy": 100 * correct / seen,
+                "residual": residual,
+                "seconds": time.monotonic() - started,
+                "test_loss": "",
+                "test_accuracy": "",
+            }
+            if not self.quiet:
+                print(
+                    f"epoch {epoch}/{self.epochs}: loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:.1f} %, "
+                    f"residual {residual:.1e}, {row['seconds']:.1f} s",
+                    flush=True,
+                )
+            yield row
+
+    def _save(
+        self,
+        model: nn.Module,
+        data: DataSource,
+        input_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        rows: list[dict[str, Any]],
+        facts: RunFacts,
+    ) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        # All keys as arguments: the run is to be the same model after a default of the package changes.
+        model_args = {**facts.settings, **self.model_args, "in_chans": data.channels}
+        config = {
+            "input_size": input_size,
+            "mean": mean,
+            "std": std,
+            "num_classes": len(data.classes),
+            "label_names": list(data.classes),
+        }
+        with tempfile.TemporaryDirectory(dir=self.output) as folder:
+            save_for_hf(model, folder, model_config=config, model_args=model_args, safe_serialization=True)
+            for name in ("model.safetensors", "config.json"):
+                with replacing(self.output / name) as temporary:
+                    temporary.write_bytes((Path(folder) / name).read_bytes())
+        with replacing(self.output / "summary.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        facts.save(self.output / RESULTS_NAME)
+
+
+def _channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """The model's mean or std for `channels`: averaged for grey images."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
