@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = getattr(import_module(module), command)
     parser = ArgumentParser(prog=f"timm-ep {name}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; others override it")
-    parser.add_class_arguments(kind, as_group=False)
+    parser.add_class_arguments(kind, as_group=False, as_positional=True)
     config = parser.parse_args([_underscored(option) for option in options])
     del config["config"]
     try:
-        kind(**{key: value for key, value in vars(parser.instantiate_classes(config)).items()}).run()
+        kind(**vars(parser.instantiate_classes(config))).run()
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         parser.exit(2, f"timm-ep {name}: error: {error}\n")
 

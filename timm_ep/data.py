@@ -1,4 +1,4 @@
-"""Labelled images to train and test on: scikit-learn's digits, class folders and tars, torchvision's datasets by name."""
+"""Labelled images to train and test on: scikit-learn's digits, class folders and tars, torchvision's datasets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: 
 def feedback_share(model: EpVgg, images: Tensor) -> float:
     """‖s* − s_ff‖ / ‖s*‖, the largest over the layers: how far feedback moves the states from the feedforward pass."""
     twin = copy.deepcopy(model)
-    twin.gradient = "backprop"
+    twin.settings = replace(model.settings, gradient="backprop")
     with torch.no_grad():
         pairs = zip(model.equilibrium(images), twin.equilibrium(images), strict=True)
         return max(float((settled - plain).norm() / settled.norm()) for settled, plain in pairs)
@@ -72,7 +72,7 @@ class Validate:
     """Test a saved run again on its test images.
 
     Args:
-        run: folder that `timm-ep train` wrote.
+        run_folder: folder that `timm-ep train` wrote.
         data_dir: where the images are, if not embedded.
         device: `cpu`, `cuda`, …
     """
@@ -93,17 +93,17 @@ class Validate:
 
 @dataclass
 class Predict:
-    """Classify image files, or the images in folders, with a saved run; without any, some of its test images.
+    """Classify an image, or all images in a folder, with a saved run; without any, some of the run's test images.
 
     Args:
         run_folder: folder that `timm-ep train` wrote.
-        images: files and folders.
+        images: an image file, or a folder, searched through.
         top: classes to name for each image.
         data_dir: where the test images are, if not embedded.
     """
 
     run_folder: Path
-    images: list[Path] = field(default_factory=list)
+    images: Path | None = None
     top: int = 3
     data_dir: Path | None = None
 
@@ -122,18 +122,17 @@ class Predict:
         return answers
 
     def _open(self, facts: RunFacts) -> Iterable[tuple[str, Image.Image]]:
-        if not self.images:
+        if self.images is None:
             data = open_data(facts.dataset, self.data_dir)
             for index in range(5):
                 image, label = data.test[index]
                 yield f"test image {index} (a {data.classes[label]})", image
             return
-        files: list[Path] = []
-        for path in self.images:
-            if not path.exists():
-                raise FileNotFoundError(f"{path} does not exist; expected an image file or a folder of images.")
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in Image.registered_extensions()]
-            files.extend(sorted(inside) if path.is_dir() else [path])
+        if not self.images.exists():
+            raise FileNotFoundError(f"{self.images} does not exist; expected an image file or a folder of images.")
+        files = [self.images]
+        if self.images.is_dir():
+            files = sorted(p for p in self.images.rglob("*") if p.suffix.lower() in Image.registered_extensions())
         for file in files:
             try:
                 yield str(file), Image.open(file)

@@ -57,7 +57,7 @@ class Trainer:
         seed: of weights, order and augmentation.
         device: `cpu`, `cuda`, `cuda:1`, …
         workers: processes that load images; 0 loads in the main process, best for small images on few cores.
-        quiet: print one line an epoch instead of progress bars. Also so if the output is not a terminal.
+        quiet: print the result only. Progress bars appear on a terminal only.
     """
 
     model: str = "ep_vgg5_025"
@@ -172,8 +172,9 @@ class Trainer:
                     residual = (model.free_residual(images[:8]) or [0.0])[-1]
                 if not abs(loss) < float("inf"):
                     raise FloatingPointError(
-                        f"The loss is {loss} at step {step} (epoch {epoch}, free residual {residual:.3g}): lower lr "
-                        f"({self.lr}) or set clip_norm; above a residual of about 0.1 lower feedback or raise free_sweeps."
+                        f"The loss is {loss} at step {step} (epoch {epoch}, free residual {residual:.3g}): lower "
+                        f"lr={self.lr} or set clip_norm; above a residual of about 0.1 lower feedback or raise "
+                        "free_sweeps with model_args."
                     )
                 optimizer.zero_grad()
                 result["loss"].backward()
@@ -200,7 +201,7 @@ class Trainer:
             }
             if not self.quiet:
                 print(
-                    f"epoch {epoch}/{self.epochs}: loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:.1f} %, "
+                    f"epoch {epoch}/{self.epochs}: loss {loss_sum / seen:.3f}, accuracy {correct / seen:.1%}, "
                     f"residual {residual:.1e}, {row['seconds']:.1f} s",
                     flush=True,
                 )
