@@ -16,8 +16,8 @@ def image_bytes(value: int) -> bytes:
     return file.getvalue()
 
 
-def make_folders(root, classes=("cat", "dog"), count=3):
-    for split in ("train", "test"):
+def make_folders(root, classes=("cat", "dog"), count=3, splits=("train", "test")):
+    for split in splits:
         for label, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_torchvision_datasets_by_name(tmp_path):
     [
         ("imagenet", lambda d: None, ValueError, "dataset='imagenet' is unknown"),
         ("folder", lambda d: None, FileNotFoundError, "has none of train"),
-        ("folder", lambda d: (d / "train").mkdir(), FileNotFoundError, "test, test.tar"),
+        ("folder", lambda d: make_folders(d, splits=("train",)), FileNotFoundError, "test, test.tar"),
         ("folder", lambda d: [(d / n).mkdir() for n in ("train", "test")], FileNotFoundError, "no images"),
         ("torch/cifar10", lambda d: None, FileNotFoundError, "No torch/cifar10"),
         ("torch/nothing", lambda d: None, ValueError, "torch/nothing"),

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parser.parse_args([_underscored(option) for option in options])
     del config["config"]
     try:
-        kind(**vars(parser.instantiate_classes(config))).run()
+        kind(**vars(parser.instantiate(config))).run()
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         parser.exit(2, f"timm-ep {name}: error: {error}\n")
 

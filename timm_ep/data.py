@@ -112,7 +112,8 @@ def _open_folder(data_dir: Path) -> DataSource:
         except RuntimeError as error:
             raise FileNotFoundError(f"{found} has no images in class folders: {error}") from error
     train, test = parts
-    labels = [part.reader.class_to_idx for part in parts]
+    # timm's tar reader and folder reader name it differently.
+    labels = [getattr(part.reader, "class_to_idx", None) or part.reader.class_name_to_idx for part in parts]
     if labels[0] != labels[1]:
         odd = sorted(labels[0].keys() ^ labels[1].keys())
         raise ValueError(f"The classes of the training and the test images in {data_dir} differ: {odd[:10]}.")
