@@ -2,7 +2,9 @@
 
 from timm_ep.dynamics import Settings
 from timm_ep.equilibrium import equilibrium
+from timm_ep.gradcheck import gradient_check
 from timm_ep.models import EpVgg
+from timm_ep.trainer import Trainer
 from timm_ep.version import __version__
 
-__all__ = ["EpVgg", "Settings", "__version__", "equilibrium"]
+__all__ = ["EpVgg", "Settings", "Trainer", "__version__", "equilibrium", "gradient_check"]

@@ -11,6 +11,8 @@ COMMANDS = {
     "train": ("timm_ep.trainer", "Trainer"),
     "validate": ("timm_ep.evaluate", "Validate"),
     "predict": ("timm_ep.evaluate", "Predict"),
+    "plot": ("timm_ep.plots", "Plot"),
+    "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
 }
 
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
-from timm_ep.data import create_loader, image_transform, open_data
+from timm_ep.data import channel_values, create_loader, image_transform, open_data
 from timm_ep.models import EpVgg
 
 
@@ -85,7 +85,7 @@ class Validate:
         """Print and return the accuracy."""
         model, facts = load_run(self.run_folder, self.device)
         test = open_data(facts.dataset, self.data_dir).test
-        test.transform = _transform(model)
+        test.transform = run_transform(model)
         result = evaluate(model, create_loader(test, 256), self.device)
         print(f"accuracy: {result.top1:.1f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)")
         return result
@@ -110,7 +110,7 @@ class Predict:
     def run(self) -> list[list[tuple[str, float]]]:
         """Print and return, for each image, the likeliest classes with their probabilities."""
         model, facts = load_run(self.run_folder)
-        transform, names = _transform(model), _label_names(model)
+        transform, names = run_transform(model), _label_names(model)
         answers = []
         for title, image in self._open(facts):
             with torch.inference_mode():
@@ -140,9 +140,12 @@ class Predict:
                 raise ValueError(f"{file} is not an image that Pillow can read.") from error
 
 
-def _transform(model: Any) -> Any:
+def run_transform(model: Any) -> Any:
+    """The transform of test images that the model's pretrained cfg describes."""
     cfg = model.pretrained_cfg
-    return image_transform(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    channels = getattr(model, "in_chans", cfg["input_size"][0])
+    mean, std = (channel_values(cfg[name], channels) for name in ("mean", "std"))
+    return image_transform(cfg["input_size"][-1], mean, std)
 
 
 def _label_names(model: Any) -> list[str]:

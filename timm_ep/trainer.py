@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
-from timm_ep.data import DataSource, create_loader, image_transform, limit, open_data
+from timm_ep.data import DataSource, channel_values, create_loader, image_transform, limit, open_data
 from timm_ep.evaluate import evaluate
 from timm_ep.files import replacing
 from timm_ep.models import EpVgg
@@ -103,7 +103,7 @@ class Trainer:
         data = open_data(self.dataset, self.data_dir)
         model = self._create_model(data).to(self.device)
         config = resolve_data_config(model=model)
-        size, mean, std = config["input_size"][-1], *(_channels(config[k], data.channels) for k in ("mean", "std"))
+        size, mean, std = config["input_size"][-1], *(channel_values(config[k], data.channels) for k in ("mean", "std"))
         data.train.transform = image_transform(size, mean, std, self.augment)
         data.test.transform = image_transform(size, mean, std)
         train = limit(data.train, self.train_images)
@@ -237,8 +237,3 @@ class Trainer:
             writer.writeheader()
             writer.writerows(rows)
         facts.save(self.output / RESULTS_NAME)
-
-
-def _channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """The model's mean or std for `channels`: averaged for grey images."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
