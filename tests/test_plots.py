@@ -16,5 +16,5 @@ def test_curves_of_all_runs_in_a_folder(tmp_path):
 
 
 def test_a_folder_without_runs_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no results.json in it"):
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
         Plot(tmp_path).run()

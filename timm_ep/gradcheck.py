@@ -51,9 +51,9 @@ def gradient_check(
     def kernel_gradients(**settings: Any) -> list[Tensor]:
         twin = copy.deepcopy(model)
         twin.settings = replace(model.settings, **settings)
-        twin.zero_grad()
-        criterion(twin(images), labels).backward()
-        return [layer.weight.grad.double().flatten() for layer in twin.layers]
+        weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
+        gradients = torch.autograd.grad(criterion(twin(images), labels), weights)
+        return [gradient.double().flatten() for gradient in gradients]
 
     rows = zip(kernel_gradients(gradient="ep"), kernel_gradients(gradient="bptt", free_sweeps=sweeps), strict=True)
     return [
