@@ -1,0 +1,208 @@
+"""Teachers for distillation: any of timm's trained models, matched to what the student sees."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from timm.models._features import FeatureHooks
+from torch import Tensor, nn
+
+__all__ = ["Teacher", "TeacherCache", "TeacherOutput", "create_teacher"]
+
+_CACHE_LIMIT = 8 * 2**30  # bytes
+
+
+class TeacherOutput(NamedTuple):
+    """Feature maps, (B, C, H, W) each, from the finest, and logits (B, classes)."""
+
+    features: tuple[Tensor, ...]
+    logits: Tensor
+
+
+class Teacher(nn.Module):
+    """A frozen model in eval mode, called with the student's images: features and logits in one pass.
+
+    Args:
+        model: with trained weights.
+        mean: per channel, with which the student's images were normalised.
+        std: per channel, likewise.
+
+    Attributes:
+        channels: of each feature.
+        reductions: pixels per cell of each feature.
+    """
+
+    student_mean: Tensor
+    student_std: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        config = resolve_data_config(model=model)
+        self.in_chans, *size = config["input_size"]
+        self.input_size = (size[0], size[1])
+        for name, values in (
+            ("student_mean", mean),
+            ("student_std", std),
+            ("mean", config["mean"]),
+            ("std", config["std"]),
+        ):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        info: Any = getattr(model, "feature_info", [])
+        self.channels = [int(feature["num_chs"]) for feature in info]
+        self.reductions = [int(feature["reduction"]) for feature in info]
+        # Models that cannot return their features are listened to, as timm's own features_only does.
+        listens = info and not hasattr(model, "forward_intermediates")
+        self._hooks = FeatureHooks(list(info), model.named_modules()) if listens else None
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """A teacher stays in eval mode."""
+        return super().train(False)
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """The student's images as the teacher knows images: its channels, its size, its mean and std."""
+        images = images * self.student_std + self.student_mean
+        if images.shape[1] != self.in_chans:
+            images = images.mean(1, keepdim=True).expand(-1, self.in_chans, -1, -1)
+        if images.shape[-2:] != self.input_size:
+            images = F.interpolate(images, self.input_size, mode="bicubic", antialias=True).clamp(0, 1)
+        return (images - self.mean) / self.std
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """What the teacher makes of the student's normalised images, (B, channels, H, W)."""
+        images, model = self.adapt(images), self.model
+        if self._hooks is not None:
+            logits = model(images)
+            return TeacherOutput(tuple(self._hooks.get_output(images.device).values()), logits)
+        if hasattr(model, "forward_intermediates"):
+            last, features = model.forward_intermediates(images)
+            return TeacherOutput(tuple(features), model.forward_head(last))
+        return TeacherOutput((), model(images))
+
+
+def create_teacher(
+    source: str | Path | nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    checkpoint: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Teacher:
+    """A teacher from timm, always with the head it was trained with.
+
+    Args:
+        source: a name of timm (`resnet18.a1_in1k`), `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, a folder that training
+            wrote or a file in it, or a module with trained weights.
+        mean: per channel, with which the student's images are normalised; its length is their number of channels.
+        std: per channel.
+        checkpoint: weights for the model that `source` names, a file of timm's training scripts or safetensors.
+        classes: names of the student's classes, if the teacher's logits are to be used: they must be the teacher's
+            classes. None if only its features are.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: no trained weights, or other classes than the student's.
+    """
+    model = source if isinstance(source, nn.Module) else _load(str(source), checkpoint)
+    if classes is not None:
+        count = getattr(model, "num_classes", len(classes))
+        if count != len(classes):
+            raise ValueError(
+                f"The teacher {_title(source)} has {count} classes and the student {len(classes)}: its logits mean "
+                "something else. Distil its features only (--distill-features), or train a teacher on these classes."
+            )
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        if names and list(names) != list(classes):
+            raise ValueError(
+                f"The teacher {_title(source)} names its classes {list(names)[:5]}… and the student {list(classes)[:5]}…:"
+                " logits are matched by position, so both must have the same classes in the same order."
+            )
+    return Teacher(model, mean, std)
+
+
+def _load(source: str, checkpoint: str | Path | None) -> nn.Module:
+    if checkpoint is not None:
+        return _load_checkpoint(source, Path(checkpoint))
+    path = Path(source.removeprefix("local-dir:"))
+    if path.is_file():
+        path = path.parent
+    if path.is_dir() or source.startswith("local-dir:"):
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} holds no config.json, which says what model its weights are; give the name of the model as the "
+                "teacher and the file of weights as its checkpoint."
+            )
+        return timm.create_model(f"local-dir:{path}", pretrained=True)
+    try:
+        return timm.create_model(source, pretrained=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"No teacher {source!r}: {error}. Give a name of timm.list_pretrained(), hf-hub:…, or the folder of a run."
+        ) from error
+
+
+def _load_checkpoint(name: str, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected weights for the teacher {name}.")
+    state = load_state_dict(str(path), weights_only=True)
+    # Created with the classes of the weights: otherwise timm would replace the head by a random one.
+    classifier = timm.get_pretrained_cfg(name, allow_unregistered=False).classifier
+    weight = state.get(f"{classifier}.weight")
+    if weight is None:
+        raise ValueError(f"{path} holds no {classifier}.weight: it has no head, or is not of {name}.")
+    stem = state.get(f"{timm.get_pretrained_cfg(name).first_conv}.weight")
+    model = timm.create_model(name, num_classes=len(weight), **({} if stem is None else {"in_chans": stem.shape[1]}))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+    return model
+
+
+def _title(source: str | Path | nn.Module) -> str:
+    return type(source).__name__ if isinstance(source, nn.Module) else str(source)
+
+
+class TeacherCache:
+    """What a teacher said of each image of a data set without augmentation, kept in memory at half precision.
+
+    Args:
+        teacher: asked once for each image.
+        count: images of the data set.
+    """
+
+    def __init__(self, teacher: Teacher, count: int) -> None:
+        self.teacher, self.count = teacher, count
+        self.known = torch.zeros(count, dtype=torch.bool)
+        self.rows: list[Tensor] = []
+
+    def __call__(self, images: Tensor, indices: Tensor) -> TeacherOutput:
+        """The teacher's answer to `images`, (B, C, H, W), which are numbers `indices`, (B,), of the data set.
+
+        Raises:
+            MemoryError: the data set's answers are too many to keep.
+        """
+        new = ~self.known[indices]
+        if new.any():
+            answer = self.teacher(images[new.to(images.device)])
+            fresh = [tensor.half().cpu() for tensor in (*answer.features, answer.logits)]
+            if not self.rows:
+                size = sum(tensor[0].numel() * 2 for tensor in fresh) * self.count
+                if size > _CACHE_LIMIT:
+                    raise MemoryError(
+                        f"What the teacher says of {self.count:,} images takes {size / 2**30:.1f} GiB; the limit is "
+                        f"{_CACHE_LIMIT / 2**30:.0f} GiB. Turn the cache off (--cache-teacher false)."
+                    )
+                self.rows = [tensor.new_empty((self.count, *tensor.shape[1:])) for tensor in fresh]
+            for row, tensor in zip(self.rows, fresh, strict=True):
+                row[indices[new]] = tensor
+            self.known[indices] = True
+        *features, logits = (row[indices].to(images.device, torch.float32) for row in self.rows)
+        return TeacherOutput(tuple(features), logits)
