@@ -1,7 +1,7 @@
 """Intermediate error signals: losses on the states of single layers, which nudge every layer and not the last alone.
 
-After Lin, Bal & Sengupta (arXiv:2508.15989). The nudge of a loss on the logits fades on its way down; a loss on a layer's
-own state reaches that layer at full strength. All losses of a step are added and enter one nudged phase:
+After Lin, Bal & Sengupta (arXiv:2508.15989). The nudge of a loss on the logits fades on its way down; a loss on a
+layer's own state reaches that layer at full strength. All losses of a step are added and enter one nudged phase:
 
     L = L_out(s_N) + Σ_l α_l L_l(s_l),        force on layer l: −β λ^(N−l) (∂L_out/∂s_l + α_l ∂L_l/∂s_l).
 
@@ -12,7 +12,6 @@ gradient is local, and exact. They belong to training and are no part of the mod
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -117,8 +116,9 @@ class LocalErrors(nn.Module):
 class FeatureDistillation(nn.Module):
     """The teacher's feature maps as targets of the states at the same reduction.
 
-    A learned 1×1 convolution maps a state's channels to the teacher's; averaging maps the teacher's grid to the state's.
-    Teacher features are normalised to mean 0 and variance 1 in each image, so that every layer's loss starts near 1.
+    A learned 1×1 convolution maps a state's channels to the teacher's; averaging maps the teacher's grid to the
+    state's. Teacher features are normalised to mean 0 and variance 1 in each image, so that every layer's loss starts
+    near 1.
 
     Args:
         model: the student.
@@ -147,7 +147,9 @@ class FeatureDistillation(nn.Module):
     ) -> None:
         super().__init__()
         if not channels or len(channels) != len(reductions):
-            raise ValueError(f"The teacher has {len(channels)} features and {len(reductions)} reductions; none to learn.")
+            raise ValueError(
+                f"The teacher has {len(channels)} features and {len(reductions)} reductions; none to learn."
+            )
         if loss not in ("mse", "cosine"):
             raise ValueError(f"loss={loss!r} is unknown; choose mse or cosine.")
         taps = [int(info["module"].removeprefix("layers.")) + 1 for info in model.feature_info]
@@ -174,7 +176,9 @@ class FeatureDistillation(nn.Module):
         ):
             if weight:
                 state, feature = states[layer - 1], features[match]
-                target = F.layer_norm(F.adaptive_avg_pool2d(feature.float(), state.shape[-2:]), _sample(feature, state))
+                target = F.layer_norm(
+                    F.adaptive_avg_pool2d(feature.float(), (state.shape[-2], state.shape[-1])), _sample(feature, state)
+                )
                 total = total + weight * self._distance(project(state).float(), target)
         return total
 

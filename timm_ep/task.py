@@ -20,7 +20,8 @@ class _Objective(nn.Module):
 
     def __init__(self, model: nn.Module, signals: nn.ModuleDict, criterion: nn.Module) -> None:
         super().__init__()
-        self.model, self.signals, self.criterion = model, signals, criterion
+        self.model: Any = model
+        self.signals, self.criterion = signals, criterion
 
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         if not isinstance(self.model, EpVgg):
@@ -39,8 +40,11 @@ class _Objective(nn.Module):
                     (output, taught.logits) if isinstance(signal, LogitDistillation) else (states, taught.features)
                 )
                 parts[name] = signal(student, teacher)
-        return {"loss": torch.stack(list(parts.values())).sum() if len(parts) > 1 else parts["output_loss"],
-                "output": output, **{name: part.detach() for name, part in parts.items()}}
+        return {
+            "loss": torch.stack(list(parts.values())).sum() if len(parts) > 1 else parts["output_loss"],
+            "output": output,
+            **{name: part.detach() for name, part in parts.items()},
+        }
 
 
 class EpTask(ClassificationTask):
@@ -78,8 +82,8 @@ class EpTask(ClassificationTask):
         signals = nn.ModuleDict({name: signal for name, signal in named.items() if signal is not None})
         if len(signals) and not isinstance(model, EpVgg):
             raise ValueError(
-                f"{type(model).__name__} has no states for intermediate error signals ({', '.join(signals)}); choose an "
-                "ep_vgg* model, or train without signals."
+                f"{type(model).__name__} has no states for intermediate error signals ({', '.join(signals)}); choose "
+                "an ep_vgg* model, or train without signals."
             )
         if (distill_features or distill_logits) and teacher is None:
             raise ValueError("Distillation needs a teacher; none was given.")
@@ -103,13 +107,16 @@ class EpTask(ClassificationTask):
     def set_progress(self, progress: float) -> None:
         """Tell the signals' schedules how much of the training is done, from 0 to 1."""
         for signal in self.signals.values():
-            signal.progress = progress
+            if isinstance(signal, LocalErrors):
+                signal.progress = progress
 
-    def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None = None
+    ) -> dict[str, Tensor]:
         """As `forward`, of states at hand."""
         return self._objective.losses(states, target, taught)
 
-    def setup_ema(self, decay: float = 0.9999, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+    def setup_ema(self, decay: float = 0.9999, **kwargs: Any) -> nn.Module:
         """Average the model's weights; signals, which only serve training, are left out."""
         self.trainable_module_ema = ModelEmaV3(self.model, decay=decay, **kwargs)
         return self.trainable_module_ema

@@ -78,7 +78,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """What the teacher makes of the student's normalised images, (B, channels, H, W)."""
-        images, model = self.adapt(images), self.model
+        model: Any = self.model
+        images = self.adapt(images)
         if self._hooks is not None:
             logits = model(images)
             return TeacherOutput(tuple(self._hooks.get_output(images.device).values()), logits)
@@ -121,8 +122,8 @@ def create_teacher(
         names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
         if names and list(names) != list(classes):
             raise ValueError(
-                f"The teacher {_title(source)} names its classes {list(names)[:5]}… and the student {list(classes)[:5]}…:"
-                " logits are matched by position, so both must have the same classes in the same order."
+                f"The teacher {_title(source)} names its classes {list(names)[:5]}… and the student "
+                f"{list(classes)[:5]}…: logits are matched by position, so both need equal classes in the same order."
             )
     return Teacher(model, mean, std)
 
@@ -136,8 +137,8 @@ def _load(source: str, checkpoint: str | Path | None) -> nn.Module:
     if path.is_dir() or source.startswith("local-dir:"):
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"{path} holds no config.json, which says what model its weights are; give the name of the model as the "
-                "teacher and the file of weights as its checkpoint."
+                f"{path} holds no config.json, which says what model its weights are; give the name of the model as "
+                "the teacher and the file of weights as its checkpoint."
             )
         return timm.create_model(f"local-dir:{path}", pretrained=True)
     try:
