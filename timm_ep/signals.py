@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ep.models import EpVgg
+from timm_ep.teachers import Teacher
 
 __all__ = ["FeatureDistillation", "LocalErrors", "LogitDistillation", "layer_weights"]
 
@@ -57,7 +58,7 @@ class LocalErrors(nn.Module):
     """A linear classifier on each chosen layer's pooled state, with cross-entropy to the labels.
 
     Args:
-        model: the student.
+        model: the student, an `EpVgg`.
         weight: α of every layer, or one per layer.
         layers: numbers from 1; all by default, the last included.
         pooled_size: side of the grid to which a state is averaged before the classifier, in cells. 1 asks only what is
@@ -68,12 +69,12 @@ class LocalErrors(nn.Module):
             the last word.
 
     Raises:
-        ValueError: layers that do not exist, or weights that do not fit.
+        ValueError: a model without states, layers that do not exist, or weights that do not fit.
     """
 
     def __init__(
         self,
-        model: EpVgg,
+        model: nn.Module,
         weight: float | Sequence[float] = 0.3,
         layers: Sequence[int] | None = None,
         pooled_size: int = 1,
@@ -82,6 +83,7 @@ class LocalErrors(nn.Module):
         final: float = 1.0,
     ) -> None:
         super().__init__()
+        model = _student(model)
         depth = len(model.layers)
         if model.num_classes < 1:
             raise ValueError("Local errors need classes; the model has num_classes=0. Create it with num_classes=…")
@@ -121,34 +123,35 @@ class FeatureDistillation(nn.Module):
     near 1.
 
     Args:
-        model: the student.
-        channels: of each of the teacher's features.
-        reductions: pixels per cell of each of the teacher's features, ascending. A state takes the feature of the
-            nearest reduction (by ratio), the deeper of equals; a 224-pixel teacher of a 32-pixel student thus gives
-            finer grids of the same kind of feature.
+        model: the student, an `EpVgg`.
+        teacher: whose features are the targets. A state takes the feature of the nearest reduction (by ratio), the
+            deeper of equals; a 224-pixel teacher of a 32-pixel student thus gives finer grids of the same kind of
+            feature.
         weight: α of every layer, or one per layer.
         layers: numbers from 1; by default the last layer at each resolution.
         loss: `mse`, or `cosine`: 1 − the cosine over the channels at each cell, blind to the features' size.
         schedule: of α over depth, see `layer_weights`.
 
     Raises:
-        ValueError: layers that do not exist, weights that do not fit, a teacher without features, an unknown loss.
+        ValueError: a model without states, layers that do not exist, weights that do not fit, a teacher without
+            features, an unknown loss.
     """
 
     def __init__(
         self,
-        model: EpVgg,
-        channels: Sequence[int],
-        reductions: Sequence[int],
+        model: nn.Module,
+        teacher: Teacher,
         weight: float | Sequence[float] = 1.0,
         layers: Sequence[int] | None = None,
         loss: Literal["mse", "cosine"] = "mse",
         schedule: DepthSchedule = "constant",
     ) -> None:
         super().__init__()
-        if not channels or len(channels) != len(reductions):
+        model = _student(model)
+        if not teacher.channels:
             raise ValueError(
-                f"The teacher has {len(channels)} features and {len(reductions)} reductions; none to learn."
+                f"The teacher {type(teacher.model).__name__} gives no features; choose a model with feature_info, or "
+                "distil its logits only."
             )
         if loss not in ("mse", "cosine"):
             raise ValueError(f"loss={loss!r} is unknown; choose mse or cosine.")
@@ -156,10 +159,10 @@ class FeatureDistillation(nn.Module):
         self.layers = _chosen(layers, taps, len(model.layers))
         self.weights = layer_weights(weight, len(self.layers), schedule)
         self.loss = loss
-        self.matches = [_nearest(2 ** sum(model.pooled[:layer]), reductions) for layer in self.layers]
+        self.matches = [_nearest(2 ** sum(model.pooled[:layer]), teacher.reductions) for layer in self.layers]
         like = model.get_parameter("layers.0.weight")
         self.projections = nn.ModuleList(
-            nn.Conv2d(_channels(model, layer), channels[match], 1, device=like.device, dtype=like.dtype)
+            nn.Conv2d(_channels(model, layer), teacher.channels[match], 1, device=like.device, dtype=like.dtype)
             for layer, match in zip(self.layers, self.matches, strict=True)
         )
 
@@ -213,6 +216,15 @@ class LogitDistillation(nn.Module):
         student, teacher = (F.log_softmax(z.float() / self.temperature, 1) for z in (logits, teacher_logits))
         divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return self.weight * self.temperature**2 * divergence
+
+
+def _student(model: nn.Module) -> EpVgg:
+    if not isinstance(model, EpVgg):
+        raise ValueError(
+            f"{type(model).__name__} has no states for intermediate error signals; choose an ep_vgg* model, or train "
+            "without local errors and feature distillation."
+        )
+    return model
 
 
 def _channels(model: EpVgg, layer: int) -> int:

@@ -1,9 +1,10 @@
 """EP as a task of timm: all losses of a step, on the logits and on the states, enter one nudged phase."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
@@ -23,11 +24,21 @@ class _Objective(nn.Module):
         self.model: Any = model
         self.signals, self.criterion = signals, criterion
 
+    def no_weight_decay(self) -> set[str]:
+        """As the model's, for timm's optimizer factory."""
+        listed = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in listed()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], Any]:
+        """As the model's, for layer-wise learning rates; the signals learn at the rate of the read-out."""
+        layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("model."), last)
+
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
-        if not isinstance(self.model, EpVgg):
-            output = self.model(images)
-            return {"loss": self.criterion(output, target), "output": output}
-        return self.losses(self.model.equilibrium(images), target, taught)
+        has_states = isinstance(self.model, EpVgg)
+        states = self.model.equilibrium(images) if has_states else (self.model.forward_features(images),)
+        return self.losses(states, target, taught)
 
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         output = self.model.forward_head(states[-1])
@@ -35,11 +46,12 @@ class _Objective(nn.Module):
         for name, signal in self.signals.items():
             if isinstance(signal, LocalErrors):
                 parts[name] = signal(states, target)
-            elif taught is not None:
-                student, teacher = (
-                    (output, taught.logits) if isinstance(signal, LogitDistillation) else (states, taught.features)
-                )
-                parts[name] = signal(student, teacher)
+            elif taught is None:
+                raise ValueError(f"{name} needs what the teacher says of the images (taught); got None.")
+            elif isinstance(signal, LogitDistillation):
+                parts[name] = signal(output, taught.logits)
+            else:
+                parts[name] = signal(states, taught.features)
         return {
             "loss": torch.stack(list(parts.values())).sum() if len(parts) > 1 else parts["output_loss"],
             "output": output,
@@ -53,7 +65,7 @@ class EpTask(ClassificationTask):
     `task(images, target)["loss"].backward()` runs one nudged phase for the loss on the logits and every signal.
 
     Args:
-        model: an `EpVgg`; any other model of timm if there are no signals.
+        model: an `EpVgg`; or any other model of timm, which has no states but can learn from a teacher's logits.
         local_errors: classifiers at the layers.
         distill_features: the teacher's features as targets of the states.
         distill_logits: the teacher's logits.
@@ -61,7 +73,7 @@ class EpTask(ClassificationTask):
         **kwargs: of timm's `ClassificationTask`, such as `criterion_kwargs={"smoothing": 0.1}` and `device`.
 
     Raises:
-        ValueError: signals for a model without states, or distillation without a teacher.
+        ValueError: distillation without a teacher.
     """
 
     def __init__(
@@ -80,11 +92,6 @@ class EpTask(ClassificationTask):
             "distill_logits": distill_logits,
         }
         signals = nn.ModuleDict({name: signal for name, signal in named.items() if signal is not None})
-        if len(signals) and not isinstance(model, EpVgg):
-            raise ValueError(
-                f"{type(model).__name__} has no states for intermediate error signals ({', '.join(signals)}); choose "
-                "an ep_vgg* model, or train without signals."
-            )
         if (distill_features or distill_logits) and teacher is None:
             raise ValueError("Distillation needs a teacher; none was given.")
         self.teacher = teacher

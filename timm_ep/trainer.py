@@ -17,7 +17,6 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,6 +26,9 @@ from timm_ep.data import DataSource, channel_values, create_loader, image_transf
 from timm_ep.evaluate import evaluate
 from timm_ep.files import replacing
 from timm_ep.models import EpVgg
+from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
+from timm_ep.task import EpTask
+from timm_ep.teachers import create_teacher
 
 _RESIDUAL_INTERVAL = 50  # steps between measurements of the free residual: each costs a free phase of 8 images
 
@@ -44,6 +46,16 @@ class Trainer:
         model_args: further arguments of the model, such as `feedback` or `free_sweeps`.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
             twin). Only for `ep_vgg*`.
+        local_error: weight of the local errors, classifiers on the layers' states; 0 for none. 0.3 is a good start.
+        local_error_args: further arguments of `timm_ep.signals.LocalErrors`, such as `layers` or `schedule`.
+        teacher: what to distil from, as for `timm_ep.teachers.create_teacher`: a name of timm, `hf-hub:…`,
+            `local-dir:…`, or the folder of a run.
+        teacher_checkpoint: weights for the model that `teacher` names.
+        distill_features: weight of the teacher's features as targets of the states; 0 for none.
+        distill_features_args: further arguments of `timm_ep.signals.FeatureDistillation`.
+        distill_logits: weight of the teacher's logits beside the labels; 0 for none.
+        temperature: of the logits in distillation.
+        cache_teacher: ask the teacher once for each image and keep its answers in memory; not with augmentation.
         epochs: passes over the training images.
         batch_size: images a step.
         optimizer: name of a timm optimizer.
@@ -53,6 +65,7 @@ class Trainer:
         smoothing: label smoothing.
         clip_norm: clip the gradient to this norm; none by default.
         augment: `none`, `crop` or `flip-crop`.
+        img_size: side of the images in pixels; by default the model's.
         train_images: train on a fixed random subset of this size.
         seed: of weights, order and augmentation.
         device: `cpu`, `cuda`, `cuda:1`, …
@@ -66,6 +79,15 @@ class Trainer:
     data_dir: Path | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     gradient: Literal["ep", "bptt", "backprop"] = "ep"
+    local_error: float = 0.0
+    local_error_args: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    teacher_checkpoint: Path | None = None
+    distill_features: float = 0.0
+    distill_features_args: dict[str, Any] = field(default_factory=dict)
+    distill_logits: float = 0.0
+    temperature: float = 4.0
+    cache_teacher: bool = False
     epochs: int = 10
     batch_size: int = 64
     optimizer: str = "adamw"
@@ -75,6 +97,7 @@ class Trainer:
     smoothing: float = 0.0
     clip_norm: float | None = None
     augment: Literal["none", "crop", "flip-crop"] = "none"
+    img_size: int | None = None
     train_images: int | None = None
     seed: int = 0
     device: str = "cpu"
@@ -88,6 +111,18 @@ class Trainer:
         if self.warmup_epochs >= self.epochs:
             self.warmup_epochs = self.epochs - 1  # the cosine needs an epoch of its own
         self.output = Path(self.output)
+        distils = self.distill_features or self.distill_logits
+        if distils and self.teacher is None:
+            raise ValueError("Distillation needs a teacher (--teacher): a name of timm, or the folder of a run.")
+        if self.teacher is not None and not distils:
+            raise ValueError(
+                f"teacher={self.teacher} has nothing to teach: set the weight of distill_features or distill_logits."
+            )
+        if self.cache_teacher and self.augment != "none":
+            raise ValueError(
+                f"cache_teacher keeps one answer for each image, but augment={self.augment} changes the images; "
+                "turn one of the two off."
+            )
 
     def run(self) -> RunFacts:
         """Train, test, and write the output folder.
@@ -103,7 +138,8 @@ class Trainer:
         data = open_data(self.dataset, self.data_dir)
         model = self._create_model(data).to(self.device)
         config = resolve_data_config(model=model)
-        size, mean, std = config["input_size"][-1], *(channel_values(config[k], data.channels) for k in ("mean", "std"))
+        size = self.img_size or config["input_size"][-1]
+        mean, std = (channel_values(config[k], data.channels) for k in ("mean", "std"))
         data.train.transform = image_transform(size, mean, std, self.augment)
         data.test.transform = image_transform(size, mean, std)
         train = limit(data.train, self.train_images)
@@ -113,8 +149,9 @@ class Trainer:
             )
         loader = create_loader(train, self.batch_size, self.seed, self.workers)
 
+        task = self._create_task(model, data, mean, std)
         started = time.monotonic()
-        rows = list(self._epochs(model, loader))
+        rows = list(self._epochs(task, loader))
         seconds = time.monotonic() - started
         tested = evaluate(model, create_loader(data.test, 256, workers=self.workers), self.device)
         rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
@@ -145,11 +182,32 @@ class Trainer:
             self.model, num_classes=len(data.classes), in_chans=data.channels, **{**settings, **self.model_args}
         )
 
-    def _epochs(self, model: nn.Module, loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
-        task = ClassificationTask(
-            model, criterion_kwargs={"smoothing": self.smoothing}, device=torch.device(self.device), verbose=False
+    def _create_task(
+        self, model: nn.Module, data: DataSource, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> EpTask:
+        teacher = local_errors = features = logits = None
+        if self.local_error:
+            local_errors = LocalErrors(model, self.local_error, **self.local_error_args)
+        if self.teacher is not None:
+            classes = data.classes if self.distill_logits else None
+            teacher = create_teacher(self.teacher, mean, std, self.teacher_checkpoint, classes).to(self.device)
+            if self.distill_features:
+                features = FeatureDistillation(model, teacher, self.distill_features, **self.distill_features_args)
+            if self.distill_logits:
+                logits = LogitDistillation(self.distill_logits, self.temperature)
+        return EpTask(
+            model,
+            local_errors,
+            features,
+            logits,
+            teacher,
+            criterion_kwargs={"smoothing": self.smoothing},
+            device=torch.device(self.device),
         )
-        optimizer = create_optimizer_v2(model, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+
+    def _epochs(self, task: EpTask, loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
+        model, trained = task.model, task.get_trainable_module()
+        optimizer = create_optimizer_v2(trained, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             num_epochs=self.epochs,
@@ -161,7 +219,8 @@ class Trainer:
         )
         quiet, step, residual = self.quiet or not sys.stderr.isatty(), 0, float("nan")
         for epoch in range(1, self.epochs + 1):
-            model.train()
+            task.train()
+            task.set_progress((epoch - 1) / max(self.epochs - 1, 1))
             started, loss_sum, correct, seen = time.monotonic(), 0.0, 0, 0
             bar = tqdm(loader, f"epoch {epoch}/{self.epochs}", disable=quiet, leave=False)
             for images, labels in bar:
@@ -179,7 +238,7 @@ class Trainer:
                 optimizer.zero_grad()
                 result["loss"].backward()
                 if self.clip_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
+                    nn.utils.clip_grad_norm_(task.get_clip_parameters(), self.clip_norm)
                 optimizer.step()
                 step += 1
                 scheduler.step_update(step)

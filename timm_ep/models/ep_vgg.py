@@ -103,11 +103,14 @@ class EpVgg(nn.Module):
     attribute that can be changed at any time: `model.gradient = "bptt"`.
 
     Args:
-        architecture: output channels of each convolution, "M" for pooling after it.
+        architecture: output channels of each convolution, "M" for pooling after it. The registered names set it; it can
+            be given to them as well, for a net of another shape.
         num_classes: classes of the linear read-out, which is outside the dynamics; 0 for none.
         in_chans: channels of the image.
         global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
         drop_rate: dropout before the read-out.
+        init_gain: factor on the initial gain of every kernel. Below 1 for nets with strong feedback, which settle only
+            while the loop gain, about λ‖W‖², is below 1.
         device: of the parameters.
         dtype: of the parameters.
         **settings: fields of `timm_ep.dynamics.Settings`, with their reasons there.
@@ -124,6 +127,7 @@ class EpVgg(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        init_gain: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **settings: Any,
@@ -149,7 +153,8 @@ class EpVgg(nn.Module):
             if isinstance(item, str):
                 continue
             pooled = following == "M"
-            layers.append(EpConv2d(below, item, _POOLED_GAIN if pooled else _GAIN, device=device, dtype=dtype))
+            gain = init_gain * (_POOLED_GAIN if pooled else _GAIN)
+            layers.append(EpConv2d(below, item, gain, device=device, dtype=dtype))
             self.pooled.append(pooled)
             below = item
             if pooled:
@@ -303,15 +308,15 @@ for _name in SETTING_NAMES:
 
 
 def _create(variant: str, architecture: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
-    cfg = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
-    resolutions = cfg.count("M") + (cfg[1] != "M")
+    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
+    kwargs = {"architecture": scaled, "feedback": _FEEDBACK[architecture], **kwargs}
+    resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
     return build_model_with_cfg(
         EpVgg,
         variant,
         pretrained,
-        architecture=cfg,
         feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
-        **{"feedback": _FEEDBACK[architecture], **kwargs},
+        **kwargs,
     )
 
 
