@@ -169,6 +169,12 @@ class Trainer:
             train_seconds=seconds,
             settings=dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {},
             feedback_share=tested.feedback_share,
+            signals={
+                name: getattr(self, name)
+                for name in ("local_error", "distill_features", "distill_logits")
+                if getattr(self, name)
+            },
+            teacher=self.teacher,
         )
         self._save(model, data, (data.channels, size, size), mean, std, rows, facts)
         print(
