@@ -93,16 +93,30 @@ def test_contrast_is_the_difference_of_the_reference_energies():
     free = reference.settle(x, steps=200)
     leaf = free[-1].clone().requires_grad_()
     force = torch.autograd.grad(F.cross_entropy(model.forward_head(leaf), y), leaf)[0]
-    # The package nudges by β relative to the largest force.
-    strength = beta / force.abs().max()
-    nudged = reference.settle(x, free, 200, strength, lambda states: (states[-1] * force).sum())
-    kernels, biases = reference.contrast(x, nudged, free, strength)
+    parts = []
+    for i in range(len(x)):
+        one, rest, pull = x[i : i + 1], [state[i : i + 1] for state in free], force[i : i + 1]
+        strength = beta / pull.abs().max()  # the package nudges by β relative to a sample's largest force
+        nudged = reference.settle(one, rest, 200, strength, lambda states, pull=pull: (states[-1] * pull).sum())
+        parts.append(reference.contrast(one, nudged, rest, strength))
+    kernels, biases = ([sum(layer) for layer in zip(*each, strict=True)] for each in zip(*parts, strict=True))
     ours = copy.deepcopy(model)
     F.cross_entropy(ours(x), y).backward()
     for conv, kernel, bias in zip(ours.layers, kernels, biases, strict=True):
         assert_close(conv.bias.grad, bias, rtol=1e-6, atol=1e-10)
         expected = torch.autograd.grad((conv()[0] * kernel).sum(), conv.weight)[0]
         assert_close(conv.weight.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_a_batch_gives_the_gradient_of_its_samples_at_any_nudging_strength(pool):
+    """The estimate of a sample does not depend on the samples beside it, though β is far from its limit."""
+    model, (x, y) = make_net(4, 0.3, feedback=0.5, beta=0.3, pool=pool, nudged_sweeps=3), make_batch(batch=4)
+    whole = gradients(model, x, y)
+    parts = [gradients(model, x[i : i + 1], y[i : i + 1]) for i in range(4)]
+    for name, grad in whole.items():
+        each = [part[name] / 4 for part in parts]
+        assert_close(grad, torch.cat(each) if name == "x" else sum(each), rtol=1e-10, atol=1e-14)
 
 
 def test_no_feedback_is_backpropagation():

@@ -38,7 +38,7 @@ class Settings:
             account for feedback to first order in λ, and every further pair for one order more.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ.
-        beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of the batch. Small, because the one-sided
+        beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β. Negative nudges away.
         tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
             this. 0 runs all sweeps and never waits for the device.

@@ -115,22 +115,25 @@ def ep_gradient(
         net: couplings, kernels and biases.
         x: input, (B, in, H, W).
         free: the free equilibrium.
-        grads: ∂L/∂s_l at the free equilibrium, N tensors or None. Any scale: they are normalised by their largest
-            magnitude, so the result is linear in them, and zero gives zero.
+        grads: ∂L/∂s_l at the free equilibrium, N tensors or None. Any scale: those of each sample are normalised by
+            their largest magnitude. So the result is linear in them, zero gives zero, and a sample's gradient does not
+            depend on the samples beside it: a batch gives the same in parts (ranks, accumulation) as in one.
         settings: see `Settings`.
         needed: whether the gradient is wanted for x, for each kernel, for each bias.
 
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest)
+    largest = torch.stack([g.abs().amax((1, 2, 3), keepdim=True) for g in grads if g is not None]).amax(0)
+    scales = torch.where(largest == 0, torch.ones_like(largest), largest)
     forces = [
-        None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
+        None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
     ]
+    scale = scales.amax()
+    weights = (scales / scale).to(x.dtype)
     betas = (settings.beta,) if settings.nudging == "one-sided" else (settings.beta, -settings.beta)
     estimates = [
-        _contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed)
+        _contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), weights, settings, beta, needed)
         for beta in betas
     ]
     return [
@@ -144,11 +147,12 @@ def _contrast(
     x: Tensor,
     free: FreePhase,
     nudged: NudgedPhase,
+    weights: Tensor,
     settings: Settings,
     beta: float,
     needed: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias."""
+    """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias, with a weight per sample, (B, 1, 1, 1)."""
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
     needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
@@ -158,8 +162,12 @@ def _contrast(
     for layer in range(depth):
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
         difference = routed_difference(layer, free, nudged, scales)
+        if difference is not None:
+            difference = difference * weights
         if needs_bias[layer]:
-            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if delta is None else -delta.sum((0, 2, 3))
+            bias_grads[layer] = (
+                torch.zeros_like(net.biases[layer]) if delta is None else -(delta * weights).sum((0, 2, 3))
+            )
         if needs_kernel[layer]:
             total = torch.zeros_like(net.kernels[layer])
             if difference is not None:
@@ -170,7 +178,7 @@ def _contrast(
             if below_delta is not None and settings.feedback:
                 drive = free.drives[layer]
                 state = drive.route(free.states[layer]) if drive else free.states[layer]
-                total.sub_(net.kernel_contrast(layer, below_delta, state), alpha=settings.feedback)
+                total.sub_(net.kernel_contrast(layer, below_delta * weights, state), alpha=settings.feedback)
             kernel_grads[layer] = total
         if x_grad is not None and layer == 0 and difference is not None:
             x_grad = -net.feedback(0, difference, x)
