@@ -15,8 +15,9 @@ from PIL import Image
 from timm_ep import cli
 from timm_ep.cards import RunFacts
 from timm_ep.data import create_loader, open_data
-from timm_ep.evaluate import Predict, Validate, evaluate, load_run
+from timm_ep.evaluate import Validate, evaluate, load_run
 from timm_ep.files import replacing
+from timm_ep.predict import Predict
 from timm_ep.trainer import Trainer
 
 
@@ -44,6 +45,9 @@ def test_a_run_learns_and_writes_what_timm_loads(run):
         "config.json",
         "summary.csv",
         "results.json",
+        "args.yaml",
+        "curves.png",
+        "checkpoints",
     }
     assert RunFacts.load(folder / "results.json") == facts
     assert (facts.settings["feedback"], facts.n_train, facts.n_test) == (0.03, 640, 360)
@@ -119,7 +123,7 @@ def test_any_timm_model_trains_through_the_same_path(tmp_path):
 def test_a_diverging_run_stops_with_a_diagnosis(tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf).*lr=1e\+30"):
         Trainer(
-            lr=1e30, optimizer="sgd", warmup_epochs=0, epochs=2, train_images=256, output=tmp_path, quiet=True
+            lr=1e30, opt="sgd", warmup_epochs=0, epochs=2, train_images=256, output=tmp_path, quiet=True
         ).run()
     assert not (tmp_path / "model.safetensors").exists()
 

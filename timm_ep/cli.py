@@ -1,8 +1,13 @@
 """`timm-ep COMMAND …`: each command is a dataclass whose fields are its options and whose `run` does the work."""
 
+import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -10,35 +15,73 @@ from jsonargparse import ArgumentParser
 COMMANDS = {
     "train": ("timm_ep.trainer", "Trainer"),
     "validate": ("timm_ep.evaluate", "Validate"),
-    "predict": ("timm_ep.evaluate", "Predict"),
+    "predict": ("timm_ep.predict", "Predict"),
     "plot": ("timm_ep.plots", "Plot"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
 }
+
+_USAGE = f"""usage: timm-ep {{{",".join(COMMANDS)}}} …
+       timm-ep run SCRIPT …      (a script or module of timm's, unmodified, with the models of this package)
+Options of a command: timm-ep COMMAND --help
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and a one-line message on a user's error."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] not in COMMANDS:
-        usage = f"usage: timm-ep {{{','.join(COMMANDS)}}} …\nOptions of a command: timm-ep COMMAND --help\n"
+    if not words or words[0] not in (*COMMANDS, "run"):
         helped = words[:1] in ([], ["-h"], ["--help"])
-        (sys.stdout if helped else sys.stderr).write(usage if helped else f"unknown command {words[0]!r}\n{usage}")
+        (sys.stdout if helped else sys.stderr).write(_USAGE if helped else f"unknown command {words[0]!r}\n{_USAGE}")
         sys.exit(0 if helped else 2)
     name, *options = words
+    if name == "run":
+        return run_script(options)
     module, command = COMMANDS[name]
     kind = getattr(import_module(module), command)
     parser = ArgumentParser(prog=f"timm-ep {name}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; others override it")
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
-    config = parser.parse_args([_underscored(option) for option in options])
+    config = parser.parse_args(_switched([_underscored(option) for option in options], kind))
     del config["config"]
     try:
         kind(**vars(parser.instantiate(config))).run()
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
         parser.exit(2, f"timm-ep {name}: error: {error}\n")
+
+
+def run_script(words: Sequence[str]) -> None:
+    """Run a Python script or module as if by itself, with the models of this package registered.
+
+    Args:
+        words: the script's path, or a module's name, and its own arguments.
+    """
+    import_module("timm_ep")
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_USAGE)
+        sys.exit(0 if words else 2)
+    script = words[0]
+    sys.argv = list(words)
+    if Path(script).is_file():
+        sys.path.insert(0, str(Path(script).resolve().parent))  # where Python puts it for a script
+        runpy.run_path(script, run_name="__main__")
+    elif all(map(str.isidentifier, script.split("."))) and find_spec(script.partition(".")[0]):
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.stderr.write(f"timm-ep run: error: {script} is neither a file nor a module that can be imported.\n")
+        sys.exit(2)
 
 
 def _underscored(option: str) -> str:
     """`--batch-size` is `--batch_size`; values keep their hyphens."""
     name, equals, value = option.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else option
+
+
+def _switched(words: list[str], kind: Any) -> list[str]:
+    """`--resume` alone is `--resume=true`."""
+    switches = {f"--{option.name}" for option in fields(kind) if option.type is bool}
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in ("true", "false", "yes", "no") else word
+        for word, after in zip(words, following, strict=True)
+    ]

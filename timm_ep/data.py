@@ -1,5 +1,6 @@
-"""Labelled images to train and test on: scikit-learn's digits, class folders and tars, torchvision's datasets."""
+"""Labelled images: scikit-learn's digits, class folders and tars, the datasets of torchvision and of Hugging Face."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "val", "validation", "eval")
+
+
+# What Pillow raises for files that are no images, are cut off or damaged, or unpack to an absurd size.
+IMAGE_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -47,6 +52,55 @@ class Digits(Dataset[tuple[Any, int]]):
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
+class ReaderImages(Dataset[tuple[Any, int]]):
+    """RGB images of one of timm's readers. Unlike timm's own dataset it never passes over a file that it cannot read.
+
+    Args:
+        dataset: of timm, with a reader.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.reader: Any = dataset.reader
+        # timm's tar reader names it differently.
+        self.class_to_idx: dict[str, int] = getattr(self.reader, "class_to_idx", None) or self.reader.class_name_to_idx
+        self.classes = tuple(sorted(self.class_to_idx, key=self.class_to_idx.__getitem__))
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if self._process != os.getpid():  # a tar that was opened before a fork shares its position with its siblings
+            self._process = os.getpid()
+            _close_tars(getattr(self.reader, "tar_state", None))
+        try:
+            file, label = self.reader[index]
+            with file:
+                image = Image.open(file).convert("RGB")
+        except IMAGE_ERRORS as error:
+            raise ValueError(
+                f"{self.reader.filename(index, absolute=True)} is not an image that Pillow can read ({error}). Repair "
+                "or remove it."
+            ) from error
+        return self.transform(image) if self.transform else image, int(label)
+
+    @property
+    def targets(self) -> list[int]:
+        """The labels, without reading an image."""
+        if hasattr(self.reader, "iter_targets"):
+            return [int(label) for label in self.reader.iter_targets()]
+        if hasattr(self.reader, "targets"):
+            return [int(label) for label in self.reader.targets]
+        return [int(label) for _, label in self.reader.samples]
+
+
+def _close_tars(state: Any) -> None:
+    for each in state.values() if isinstance(state, dict) else [state] if state else []:
+        each.reset()
+        _close_tars(each.children)
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Training and test images, as PIL images with integer labels; set `transform` on each for tensors.
@@ -68,19 +122,26 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
     """Find a dataset.
 
     Args:
-        name: `digits` (embedded), `folder` (class folders or tars in `data_dir`: `train` and `test` or `val`, or
-            `train.tar` and so on, read by timm), or `torch/NAME` for torchvision's (`torch/cifar10`, `torch/cifar100`,
-            `torch/mnist`, `torch/kmnist`, `torch/fashion_mnist`), already in `data_dir`.
-        data_dir: where the images are; not needed for `digits`.
+        name: `digits` (embedded); `folder` (class folders or tars in `data_dir`: `train` and `test` or `val`, or
+            `train.tar` and so on, read by timm); `torch/NAME` for torchvision's (`torch/cifar10`, `torch/cifar100`,
+            `torch/mnist`, `torch/kmnist`, `torch/fashion_mnist`), already in `data_dir`; or `hfds/NAME` for a dataset
+            of the Hugging Face Hub or a local folder of one, fetched into `data_dir` or the usual cache.
+        data_dir: where the images are; not needed for `digits` and `hfds/`.
 
     Raises:
         ValueError: unknown name, or classes that differ between training and test images.
         FileNotFoundError: nothing there.
+        ModuleNotFoundError: `hfds/` without the package it needs.
     """
     if name == "digits":
         return DataSource(Digits(train=True), Digits(train=False), Digits.classes, 1)
+    if name.startswith("hfds/"):
+        return _open_hugging_face(name, data_dir)
     if name != "folder" and not name.startswith("torch/"):
-        raise ValueError(f"dataset={name!r} is unknown; choose digits, folder or torch/NAME (such as torch/cifar10).")
+        raise ValueError(
+            f"dataset={name!r} is unknown; choose digits, folder, torch/NAME (such as torch/cifar10) or hfds/NAME "
+            "(such as hfds/uoft-cs/cifar10)."
+        )
     if data_dir is None or not Path(data_dir).is_dir():
         raise FileNotFoundError(
             f"dataset={name!r} needs --data-dir, an existing folder with the images; got {data_dir}."
@@ -100,24 +161,68 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
 
 
 def _open_folder(data_dir: Path) -> DataSource:
-    parts = []
+    parts: list[ReaderImages] = []
+    found: list[str] = []
     for names in (TRAIN_NAMES, TEST_NAMES):
         candidates = [data_dir / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
-        found = next((path for path in candidates if path.exists()), None)
-        if found is None:
+        path = next((path for path in candidates if path.exists()), None)
+        if path is None:
             looked = ", ".join(path.name for path in candidates)
             raise FileNotFoundError(f"{data_dir} has none of {looked}; expected one folder (or tar) of class folders.")
         try:
-            parts.append(create_dataset("", str(found)))
+            parts.append(ReaderImages(create_dataset("", str(path))))
         except RuntimeError as error:
-            raise FileNotFoundError(f"{found} has no images in class folders: {error}") from error
-    train, test = parts
-    # timm's tar reader and folder reader name it differently.
-    labels = [getattr(part.reader, "class_to_idx", None) or part.reader.class_name_to_idx for part in parts]
-    if labels[0] != labels[1]:
-        odd = sorted(labels[0].keys() ^ labels[1].keys())
-        raise ValueError(f"The classes of the training and the test images in {data_dir} differ: {odd[:10]}.")
-    return DataSource(train, test, tuple(sorted(labels[0], key=labels[0].__getitem__)), 3)
+            raise FileNotFoundError(f"{path} has no images in class folders: {error}") from error
+        found.append(str(path))
+    return _matched(parts[0], parts[1], *found)
+
+
+def _matched(train: ReaderImages, test: ReaderImages, train_name: str, test_name: str) -> DataSource:
+    """Both parts, if they have the same classes."""
+    if train.class_to_idx != test.class_to_idx:
+        missing = [
+            f"{where} lacks {sorted(lacked)[:10]}"
+            for where, lacked in (
+                (train_name, test.class_to_idx.keys() - train.class_to_idx.keys()),
+                (test_name, train.class_to_idx.keys() - test.class_to_idx.keys()),
+            )
+            if lacked
+        ]
+        raise ValueError(f"The classes of the training and the test images differ: {'; '.join(missing)}.")
+    return DataSource(train, test, train.classes, 3)
+
+
+def _open_hugging_face(name: str, data_dir: str | Path | None) -> DataSource:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"dataset={name!r} needs the datasets package: pip install timm_ep[hf].") from error
+    root = None if data_dir is None else str(data_dir)
+    try:
+        parts = datasets.load_dataset(name.removeprefix("hfds/"), cache_dir=root)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"No dataset {name}: {error}") from error
+    splits = [next((split for split in names if split in parts), None) for names in (TRAIN_NAMES, TEST_NAMES)]
+    if None in splits:
+        raise ValueError(f"{name} has the splits {sorted(parts)}; expected train, and test or validation.")
+    features = parts[splits[0]].features
+    keys = {
+        key: next((column for column, feature in features.items() if isinstance(feature, kind)), None)
+        for key, kind in (("input_key", datasets.Image), ("target_key", datasets.ClassLabel))
+    }
+    if None in keys.values():
+        raise ValueError(f"{name} has the columns {dict(features)}; expected one of images and one of class labels.")
+    train, test = (ReaderImages(create_dataset(name, root, split=split, **keys)) for split in splits)
+    return _matched(train, test, *(f"{name}, split {split}," for split in splits))
+
+
+def labels_of(dataset: Any) -> list[int] | None:
+    """The labels of a dataset where they can be had without reading the images, else None."""
+    if isinstance(dataset, Subset):
+        labels = labels_of(dataset.dataset)
+        return None if labels is None else [labels[index] for index in dataset.indices]
+    targets = getattr(dataset, "targets", None)
+    return None if targets is None else [int(label) for label in targets]
 
 
 def channel_values(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -125,24 +230,23 @@ def channel_values(values: tuple[float, ...], channels: int) -> tuple[float, ...
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def image_transform(
-    size: int, mean: tuple[float, ...], std: tuple[float, ...], augment: str = "none"
-) -> transforms.Compose:
-    """PIL image → normalised tensor (channels, size, size); channels is the length of `mean`.
+def image_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
+    """PIL image → normalised tensor (channels, size, size) without augmentation; channels is the length of `mean`.
 
     Args:
         size: in pixels; other images are resized on their shorter side and cropped at the centre.
         mean: per channel, for pixels in [0, 1].
         std: per channel.
-        augment: `none`, `crop` (a random crop after padding by an eighth) or `flip-crop` (with horizontal flips too).
     """
-    steps: list[Any] = [partial(Image.Image.convert, mode="L" if len(mean) == 1 else "RGB")]
-    steps += [transforms.Resize(size), transforms.CenterCrop(size)]
-    if augment in ("crop", "flip-crop"):
-        steps.append(transforms.RandomCrop(size, padding=size // 8))
-    if augment == "flip-crop":
-        steps.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose(
+        [
+            partial(Image.Image.convert, mode="L" if len(mean) == 1 else "RGB"),
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
 
 
 def limit(dataset: Any, count: int | None, seed: int = 0) -> Any:
@@ -153,10 +257,38 @@ def limit(dataset: Any, count: int | None, seed: int = 0) -> Any:
     return Subset(dataset, order[:count].tolist())
 
 
-def create_loader(dataset: Any, batch_size: int, seed: int | None = None, workers: int = 0) -> DataLoader[Any]:
-    """Batches (images, labels): shuffled by `seed` without the incomplete last one, or in order and all if None."""
-    training = seed is not None
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    return DataLoader(
-        dataset, batch_size, shuffle=training, drop_last=training, generator=generator, num_workers=workers
-    )
+def split_off(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
+    """Set a share of the images aside for validation: the same one in every run, so that runs can be compared.
+
+    Stratified, so that every class has its share, where the labels are known without reading the images and no class is
+    too small for it.
+
+    Args:
+        dataset: the training images.
+        share: of them, between 0 and 1, for validation.
+        seed: of the choice.
+
+    Returns:
+        the images for training and for validation.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    count = round(share * len(dataset))
+    if not 0 < count < len(dataset):
+        raise ValueError(
+            f"val_split={share} of {len(dataset)} training images leaves nothing to train on, or to validate on."
+        )
+    labels = labels_of(dataset)
+    sizes = np.unique(labels, return_counts=True)[1] if labels else np.zeros(0)
+    stratify = labels if sizes.size and sizes.min() > 1 and min(count, len(dataset) - count) >= sizes.size else None
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(np.arange(len(dataset)), test_size=count, random_state=seed, stratify=stratify)
+    train, validation = (Subset(dataset, sorted(part.tolist())) for part in parts)
+    return train, validation
+
+
+def create_loader(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    """Batches (images, labels) in order, for testing; training's are in `timm_ep.loader`."""
+    return DataLoader(dataset, batch_size, num_workers=workers)

@@ -1,19 +1,20 @@
-"""What a saved run can do: test it again, or classify images with it."""
+"""How well a model classifies: on test data while it trains, and again once it is saved."""
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.data import channel_values, create_loader, image_transform, open_data
+from timm_ep.files import replacing
 from timm_ep.models import EpVgg
 
 
@@ -27,25 +28,38 @@ class Evaluation:
     feedback_share: float | None
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -> Evaluation:
-    """Test a model in eval mode, as it is (its mode is restored); `loader` yields images and labels."""
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device = "cpu",
+    total: Callable[[Sequence[float]], list[float]] = list,
+) -> Evaluation:
+    """Test a model in eval mode, as it is (its mode is restored).
+
+    Args:
+        model: any classifier.
+        loader: yields images and labels.
+        device: of the model.
+        total: sums counts over the processes among which the images are shared out, see `World.sum`.
+    """
     was_training = model.training
     model.eval()
     loss, hits, hits5, seen, share, classes = 0.0, 0, 0, 0, None, 0
     for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if not seen and isinstance(model, EpVgg) and model.gradient != "backprop":
             share = feedback_share(model, images[:64])
         logits = model(images).float()
         classes = logits.shape[1]
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
         ranked = logits.topk(min(5, classes)).indices == labels[:, None]
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
         hits += int(ranked[:, 0].sum())
         hits5 += int(ranked.any(1).sum())
         seen += len(labels)
     model.train(was_training)
-    return Evaluation(loss / seen, 100 * hits / seen, 100 * hits5 / seen if classes > 5 else None, share)
+    loss, correct, correct5, count = total([loss, hits, hits5, seen])
+    return Evaluation(loss / count, 100 * correct / count, 100 * correct5 / count if classes > 5 else None, share)
 
 
 def feedback_share(model: EpVgg, images: Tensor) -> float:
@@ -74,70 +88,39 @@ class Validate:
     Args:
         run_folder: folder that `timm-ep train` wrote.
         data_dir: where the images are, if not embedded.
+        dataset: other images to test on, named as in training; by default those of the run.
+        batch_size: images at a time.
         device: `cpu`, `cuda`, …
+        workers: processes that load images.
+        output: also write the figures to this file, as JSON.
     """
 
     run_folder: Path
     data_dir: Path | None = None
+    dataset: str | None = None
+    batch_size: int = 256
     device: str = "cpu"
+    workers: int = 0
+    output: Path | None = None
 
     def run(self) -> Evaluation:
-        """Print and return the accuracy."""
+        """Print and return the accuracy.
+
+        Raises:
+            ValueError: images of other classes than the model's.
+        """
         model, facts = load_run(self.run_folder, self.device)
-        test = open_data(facts.dataset, self.data_dir).test
-        test.transform = run_transform(model)
-        result = evaluate(model, create_loader(test, 256), self.device)
+        data = open_data(self.dataset or facts.dataset, self.data_dir)
+        if list(data.classes) != (names := label_names(model)):
+            raise ValueError(f"{self.run_folder} knows the classes {names[:10]}; the images have {data.classes[:10]}.")
+        data.test.transform = run_transform(model)
+        result = evaluate(model, create_loader(data.test, self.batch_size, self.workers), self.device)
+        if self.output is not None:
+            with replacing(self.output) as temporary:
+                values = {"architecture": facts.architecture, "n_test": len(data.test), **asdict(result)}
+                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         print(f"accuracy: {result.top1:.1f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)")
         return result
-
-
-@dataclass
-class Predict:
-    """Classify an image, or all images in a folder, with a saved run; without any, some of the run's test images.
-
-    Args:
-        run_folder: folder that `timm-ep train` wrote.
-        images: an image file, or a folder, searched through.
-        top: classes to name for each image.
-        data_dir: where the test images are, if not embedded.
-    """
-
-    run_folder: Path
-    images: Path | None = None
-    top: int = 3
-    data_dir: Path | None = None
-
-    def run(self) -> list[list[tuple[str, float]]]:
-        """Print and return, for each image, the likeliest classes with their probabilities."""
-        model, facts = load_run(self.run_folder)
-        transform, names = run_transform(model), _label_names(model)
-        answers = []
-        for title, image in self._open(facts):
-            with torch.inference_mode():
-                probabilities = model(transform(image)[None]).softmax(1)[0]
-            values, indices = probabilities.topk(min(self.top, len(names)))
-            answer = [(names[i], p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
-            print(f"{title}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))
-            answers.append(answer)
-        return answers
-
-    def _open(self, facts: RunFacts) -> Iterable[tuple[str, Image.Image]]:
-        if self.images is None:
-            data = open_data(facts.dataset, self.data_dir)
-            for index in range(5):
-                image, label = data.test[index]
-                yield f"test image {index} (a {data.classes[label]})", image
-            return
-        if not self.images.exists():
-            raise FileNotFoundError(f"{self.images} does not exist; expected an image file or a folder of images.")
-        files = [self.images]
-        if self.images.is_dir():
-            files = sorted(p for p in self.images.rglob("*") if p.suffix.lower() in Image.registered_extensions())
-        for file in files:
-            try:
-                yield str(file), Image.open(file)
-            except UnidentifiedImageError as error:
-                raise ValueError(f"{file} is not an image that Pillow can read.") from error
 
 
 def run_transform(model: Any) -> Any:
@@ -148,6 +131,7 @@ def run_transform(model: Any) -> Any:
     return image_transform(cfg["input_size"][-1], mean, std)
 
 
-def _label_names(model: Any) -> list[str]:
+def label_names(model: Any) -> list[str]:
+    """The names of a model's classes; their numbers where it has none."""
     names = model.pretrained_cfg.get("label_names")
     return list(names) if names else [str(index) for index in range(model.num_classes)]

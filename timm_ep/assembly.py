@@ -1,0 +1,268 @@
+"""From options to a training loop: images, model, signals and teacher, optimizer and schedule."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from timm_ep.checkpoints import CheckpointStore
+from timm_ep.data import (
+    DataSource,
+    channel_values,
+    create_loader,
+    image_transform,
+    labels_of,
+    limit,
+    open_data,
+    split_off,
+)
+from timm_ep.distributed import World
+from timm_ep.loader import EpochOrder, Samples, augmentation, training_loader
+from timm_ep.logs import RunLog
+from timm_ep.loop import TrainingLoop
+from timm_ep.options import TrainingOptions
+from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
+from timm_ep.task import EpTask
+from timm_ep.teachers import Teacher, TeacherCache, create_teacher
+
+__all__ = ["RunImages", "create_loop", "create_model", "open_images", "plain_loader"]
+
+_TEST_BATCH = 256
+
+
+class RunImages(NamedTuple):
+    """The images of a run, as PIL images, and how the model wants them."""
+
+    source: DataSource
+    train: Any
+    validation: Any
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_images(options: TrainingOptions) -> tuple[RunImages, nn.Module]:
+    """The images and the model for them, checked against each other.
+
+    Raises:
+        ValueError: they do not fit, or there are fewer images than one update takes.
+    """
+    source = open_data(options.dataset, options.data_dir)
+    train, validation = limit(source.train, options.train_images), None
+    if options.val_split:
+        train, validation = split_off(train, options.val_split)
+    update = options.batch_size * options.grad_accum_steps
+    if len(train) < update:
+        raise ValueError(
+            f"{len(train)} training images are less than a batch of {update}; lower batch_size"
+            + (" or grad_accum_steps." if options.grad_accum_steps > 1 else ".")
+        )
+    model = create_model(options, source)
+    config = resolve_data_config(model=model)
+    mean, std = (channel_values(config[k], source.channels) for k in ("mean", "std"))
+    images = RunImages(source, train, validation, options.img_size or config["input_size"][-1], mean, std)
+    _check_model(options, model, images)
+    return images, model
+
+
+def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
+    """The model for these images: their classes and channels are not the user's to choose."""
+    given = {"num_classes": len(source.classes), "in_chans": source.channels}
+    for name, value in given.items():
+        if options.model_args.get(name, value) != value:
+            raise ValueError(
+                f"model_args has {name}={options.model_args[name]}, but the images of {options.dataset} have {value}: "
+                "leave it out, it follows from the images."
+            )
+    settings = {"gradient": options.gradient} if options.model.startswith("ep_vgg") else {}
+    if options.gradient != "ep" and not settings:
+        raise ValueError(
+            f"gradient={options.gradient} chooses between the gradients of an ep_vgg*; {options.model} has one."
+        )
+    return timm.create_model(options.model, options.pretrained, **{**settings, **options.model_args, **given})
+
+
+def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) -> None:
+    """One image through the model: better now than after the teacher, the cache and the first batch."""
+    source, labels = images.source, labels_of(images.train)
+    if labels and not 0 <= min(labels) <= max(labels) < len(source.classes):
+        raise ValueError(
+            f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
+        )
+    image = image_transform(images.size, images.mean, images.std)(images.train[0][0])
+    with torch.no_grad():
+        logits = model.eval()(image[None])
+    if logits.shape != (1, len(source.classes)):
+        raise ValueError(
+            f"{options.model} gives {tuple(logits.shape)} for an image of {source.channels} channels and "
+            f"{images.size}×{images.size} pixels; expected (1, {len(source.classes)}), one logit a class."
+        )
+
+
+def create_loop(
+    options: TrainingOptions,
+    world: World,
+    store: CheckpointStore,
+    images: RunImages,
+    model: nn.Module,
+    identity: dict[str, Any],
+    state: dict[str, Any],
+) -> TrainingLoop:
+    """The loop over all that the options ask for.
+
+    Args:
+        options: of the training.
+        world: the processes.
+        store: of checkpoints.
+        images: for training and validation.
+        model: on the device.
+        identity: of the run besides its options, for checkpoints.
+        state: to go on from; empty to start.
+    """
+    transform = augmentation(
+        images.size,
+        images.mean,
+        images.std,
+        options.augment,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.aa,
+        re_prob=options.reprob,
+    )
+    samples = Samples(images.train, transform, options.seed)
+    order = EpochOrder(len(samples), options.batch_size, options.seed, world.rank, world.size, options.grad_accum_steps)
+    if not order.updates:
+        raise ValueError(
+            f"{len(samples)} training images are less than one update of {world.size} processes; lower batch_size."
+        )
+    task = _create_task(options, model, images, world)
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(),
+        opt=options.opt,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        **options.opt_kwargs,
+    )
+    if options.model_ema:
+        task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
+    cache = None
+    if options.cache_teacher and task.teacher is not None:
+        cache = _fill_cache(options, task.teacher, images, world)
+    if options.torchcompile:
+        task.compile(backend=options.torchcompile)
+    if world.size > 1:
+        device_ids = None if world.device.type == "cpu" else [world.device.index]
+        # A signal may be off for a while, and its parameters without a gradient.
+        task.prepare_distributed(device_ids=device_ids, find_unused_parameters=len(task.signals) > 0)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        **{
+            "sched": options.sched,
+            "num_epochs": options.epochs - options.warmup_epochs,
+            "warmup_epochs": options.warmup_epochs,
+            "warmup_lr": options.lr / 100,
+            "warmup_prefix": True,
+            "step_on_epochs": False,
+            "updates_per_epoch": order.updates,
+            **options.sched_kwargs,
+        },
+    )
+    loop = TrainingLoop(
+        options=options,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=training_loader(samples, order, options.workers, pin=world.device.type == "cuda"),
+        order=order,
+        validation=None if images.validation is None else plain_loader(options, images.validation, images, world),
+        world=world,
+        store=store,
+        log=RunLog(
+            options.output, options.epochs, order.updates, options.quiet, options.log_tensorboard, world.primary
+        ),
+        mixup=_create_mixup(options, len(images.source.classes)) if options.mixes else None,
+        cache=cache,
+        identity=identity,
+    )
+    if state:
+        loop.restore(state)
+        loop.log.first = loop.updates
+        loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
+    return loop
+
+
+def _create_mixup(options: TrainingOptions, classes: int) -> Mixup:
+    return Mixup(
+        options.mixup,
+        options.cutmix,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=classes,
+    )
+
+
+def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, world: World) -> EpTask:
+    teacher = local_errors = features = logits = None
+    if options.local_error:
+        local_errors = LocalErrors(model, options.local_error, **options.local_error_args)
+    if options.teacher is not None:
+        classes = images.source.classes if options.distill_logits else None
+        teacher = create_teacher(options.teacher, images.mean, images.std, options.teacher_checkpoint, classes)
+        teacher = teacher.to(world.device)
+        if options.distill_features:
+            features = FeatureDistillation(model, teacher, options.distill_features, **options.distill_features_args)
+        if options.distill_logits:
+            logits = LogitDistillation(options.distill_logits, options.temperature)
+    task = EpTask(
+        model,
+        local_errors,
+        features,
+        logits,
+        teacher,
+        criterion_kwargs={"smoothing": options.smoothing},
+        device=world.device,
+    )
+    return task.to(world.device)
+
+
+def _fill_cache(options: TrainingOptions, teacher: Teacher, images: RunImages, world: World) -> TeacherCache:
+    """Ask the teacher of every image, in their order: what it says then does not depend on where a run began."""
+    cache, first = TeacherCache(teacher, len(images.train)), 0
+    for batch, _ in plain_loader(options, images.train, images):
+        cache(batch.to(world.device), torch.arange(first, first + len(batch)))
+        first += len(batch)
+    return cache
+
+
+def plain_loader(
+    options: TrainingOptions, dataset: Any, images: RunImages, world: World | None = None
+) -> DataLoader[Any]:
+    """Images without augmentation, in order; with `world` those of this process."""
+    if world is not None and world.size > 1:
+        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
+    samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
+    return create_loader(samples, _TEST_BATCH, options.workers)
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """A dataset's (PIL image, label) with the image as a tensor."""
+
+    dataset: Any
+    transform: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.dataset[index]
+        return self.transform(image), label

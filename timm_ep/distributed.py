@@ -1,0 +1,69 @@
+"""The processes of a training: one, or as many as torchrun started."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils.distributed import init_distributed_device_so
+from torch import distributed
+
+__all__ = ["World", "join_world"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the training.
+
+    Attributes:
+        device: of this process.
+        rank: from 0, over all machines.
+        size: processes in all.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def primary(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[torch.Tensor | float]) -> list[float]:
+        """The sums over all processes, on the host: one transfer, and at most one message, for all of them."""
+        packed = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values])
+        if self.size > 1:
+            distributed.all_reduce(packed)
+        return packed.tolist()
+
+    def from_primary(self, value: Any) -> Any:
+        """The primary process's value, in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, if it did: by NCCL on CUDA devices, by gloo on CPUs.
+
+    Args:
+        device: as given by the user; a process group replaces its index by that of the process.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    kind = torch.device(device).type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+        raise ValueError(f"device={device} is not available here; choose cpu, or install a PyTorch build that has it.")
+    joined = init_distributed_device_so(device)
+    try:
+        yield World(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
+    finally:
+        if joined["distributed"]:
+            distributed.destroy_process_group()

@@ -1,0 +1,160 @@
+"""Training batches as a pure function of (seed, epoch, position): in what order, and how augmented.
+
+timm's own loader draws the order and the augmentation from generators that run on. Here each is seeded by where it is
+in the training. So a run that is resumed in mid-epoch sees what it would have seen, and neither the number of worker
+processes nor that of ranks changes an image: W ranks × B images are one process × W·B images.
+"""
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from timm_ep.data import image_transform
+
+__all__ = ["EpochOrder", "Samples", "augmentation", "seed_everything", "training_loader"]
+
+Augment = Literal["none", "crop", "flip-crop", "rrc"]
+
+
+Stream = Literal["order", "sample", "step"]
+
+
+def _derived(stream: Stream, *position: int) -> int:
+    """A seed for a position: streams and positions that differ in any part give unrelated seeds."""
+    return int(np.random.SeedSequence([len(position), *position, *stream.encode()]).generate_state(1)[0])
+
+
+def seed_everything(stream: Stream, *position: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (those of every device) by a position such as (seed, epoch, step).
+
+    Args:
+        stream: what the random numbers are for.
+        *position: integers ≥ 0.
+    """
+    seed = _derived(stream, *position)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Samples(Dataset[tuple[Tensor, int, int]]):
+    """(image, label, index) by (epoch, index): all that is random in the augmentation follows from seed, epoch, index.
+
+    Args:
+        dataset: PIL images with labels.
+        transform: PIL image → tensor.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = position
+        image, label = self.dataset[index]
+        seed_everything("sample", self.seed, epoch, index)
+        return self.transform(image), label, index
+
+
+class EpochOrder(Sampler[list[tuple[int, int]]]):
+    """The batches of an epoch for one rank, as positions for `Samples`; those of an incomplete update are left out.
+
+    Args:
+        count: training images.
+        batch_size: images of one rank in one batch.
+        seed: of the run.
+        rank: of this process.
+        world_size: processes. An update takes `accumulate × world_size × batch_size` images in a row of the epoch's
+            order; batch after batch, rank after rank.
+        accumulate: batches of an update.
+
+    Attributes:
+        epoch: whose order is given, from 0.
+        start: update from which it is given, from 0.
+        updates: of an epoch.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.updates = count // (batch_size * world_size * accumulate)
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return (self.updates - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_derived("order", self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator).tolist()
+        for batch in range(self.start * self.accumulate, self.updates * self.accumulate):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+
+def training_loader(samples: Samples, order: EpochOrder, workers: int = 0, pin: bool = False) -> DataLoader[Any]:
+    """Batches (images, labels, indices) in the given order, which can be moved on between passes.
+
+    Args:
+        samples: the images.
+        order: of their batches.
+        workers: processes that load, kept from epoch to epoch; 0 loads in this one.
+        pin: put batches into page-locked memory, from which they reach a CUDA device faster.
+    """
+    return DataLoader(
+        samples,
+        batch_sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=_leave_interrupts_to_the_trainer,
+    )
+
+
+def _leave_interrupts_to_the_trainer(_: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the batches under way are still wanted.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def augmentation(
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: Augment = "none",
+    **options: Any,
+) -> transforms.Compose:
+    """The transform of training images: a crop of ours or of timm, then whatever else timm augments with.
+
+    Args:
+        size: of the result in pixels.
+        mean: per channel, for pixels in [0, 1]; its length is the number of channels.
+        std: per channel.
+        augment: `none`, `crop` (a random crop after padding by an eighth), `flip-crop` (with horizontal flips too), or
+            `rrc` (timm's random resized crop, with flips).
+        **options: of `timm.data.create_transform`: hflip, vflip, color_jitter, auto_augment, re_prob, scale, ratio, …
+            Values of None leave the choice of flips to `augment` and turn the rest off.
+    """
+    flips = {"hflip": 0.5 if augment in ("flip-crop", "rrc") else 0.0, "color_jitter": None}
+    options = {**flips, **{name: value for name, value in options.items() if value is not None}}
+    first, second, last = create_transform(size, is_training=True, separate=True, mean=mean, std=std, **options)
+    convert, resize, centre, *_ = image_transform(size, mean, std).transforms
+    if augment == "rrc":
+        crop = [first.transforms[0]]
+    else:
+        crop = [resize, centre]
+        if augment != "none":
+            crop.append(transforms.RandomCrop(size, padding=size // 8))
+    return transforms.Compose([convert, *crop, *first.transforms[1:], second, last])
