@@ -165,8 +165,8 @@ def create_loop(
         optimizer,
         **{
             "sched": options.sched,
-            "num_epochs": options.epochs - options.warmup_epochs,
-            "warmup_epochs": options.warmup_epochs,
+            "num_epochs": options.epochs - options.warmup,
+            "warmup_epochs": options.warmup,
             "warmup_lr": options.lr / 100,
             "warmup_prefix": True,
             "step_on_epochs": False,
@@ -228,7 +228,7 @@ def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, 
         features,
         logits,
         teacher,
-        criterion_kwargs={"smoothing": options.smoothing},
+        criterion_kwargs={"smoothing": options.smoothing, "soft_targets": options.mixes},
         device=world.device,
     )
     return task.to(world.device)

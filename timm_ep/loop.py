@@ -236,7 +236,8 @@ class TrainingLoop:
     ) -> tuple[Tensor, Tensor]:
         """Add a batch's share to the gradient; processes exchange theirs with the last one. Returns loss and logits."""
         target, off = labels, self.options.mixup_off_epoch
-        if self.mixup is not None and not (off and self.progress.epoch >= off):
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not off or self.progress.epoch < off
             images, target = self.mixup(images, labels)
         taught = None if self.cache is None else self.cache(images, indices)
         with nullcontext() if last else self.task.no_sync():

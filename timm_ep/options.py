@@ -187,8 +187,6 @@ class TrainingOptions:
                 raise ValueError(f"{name}={value} is no share; it must be between 0 and 1.")
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"model_ema_decay={self.model_ema_decay} must be at least 0 and below 1.")
-        if self.warmup_epochs >= self.epochs:
-            self.warmup_epochs = self.epochs - 1  # the schedule needs an epoch of its own
         self._check_teaching()
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
@@ -216,6 +214,11 @@ class TrainingOptions:
                     f"cache_teacher keeps one answer for each image, but {name}={getattr(self, name)} changes the "
                     "images; turn one of the two off."
                 )
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of warmup: the schedule needs an epoch of its own."""
+        return min(self.warmup_epochs, self.epochs - 1)
 
     @property
     def mixes(self) -> bool:

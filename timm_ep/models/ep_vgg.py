@@ -307,7 +307,7 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def _create(variant: str, architecture: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+def _create(variant: str, architecture: str, width: float, pretrained: bool, /, **kwargs: Any) -> EpVgg:
     scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
     kwargs = {"architecture": scaled, "feedback": _FEEDBACK[architecture], **kwargs}
     resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
