@@ -23,7 +23,7 @@ processes.set_forkserver_preload(
     ["timm_ep.trainer", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
 )
 
-# Everything whose state could be lost: dropout, augmentation, mixing, signals, averaged weights, accumulation, best epoch.
+# All whose state could be lost: dropout, augmentation, mixing, signals, averaged weights, accumulation, best epoch.
 OPTIONS = {
     "model_args": {"architecture": [8, "M", 8, "M", 12, "M", 12, "M"], "drop_rate": 0.1},
     "train_images": 200,
@@ -113,7 +113,7 @@ def train(output, kill=None, **options):
 
     loop.TrainingLoop._update = noting
     Trainer(output=output, **{**OPTIONS, **options}).run()
-    generators = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+    generators = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
     (output / "generators.json").write_text(json.dumps(generators))
 
 
@@ -182,7 +182,7 @@ def assert_as_if_unbroken(output, unbroken, trained=True):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_run_killed_and_resumed_is_bit_for_bit_the_run_never_killed(kill, unbroken, tmp_path):
-    """Weights, averaged weights, signals, optimizer, schedule, generators, data order, augmentation, metrics, result."""
+    """Weights and their average, signals, optimizer, schedule, generators, order, augmentation, metrics, result."""
     assert in_process(tmp_path, kill) == -signal.SIGKILL
     assert not (tmp_path / "results.json").exists()
     assert in_process(tmp_path, resume=True) == 0

@@ -122,9 +122,7 @@ def test_any_timm_model_trains_through_the_same_path(tmp_path):
 
 def test_a_diverging_run_stops_with_a_diagnosis(tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf).*lr=1e\+30"):
-        Trainer(
-            lr=1e30, opt="sgd", warmup_epochs=0, epochs=2, train_images=256, output=tmp_path, quiet=True
-        ).run()
+        Trainer(lr=1e30, opt="sgd", warmup_epochs=0, epochs=2, train_images=256, output=tmp_path, quiet=True).run()
     assert not (tmp_path / "model.safetensors").exists()
 
 
