@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_ep.data import create_loader, image_transform, limit, open_data
+from timm_ep.data import create_loader, image_transform, labels_of, limit, open_data, split_off
 
 
 def image_bytes(value: int) -> bytes:
@@ -99,7 +99,7 @@ def test_a_folder_is_needed_and_must_exist(tmp_path):
 def test_differing_classes_are_named(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "test" / "cat").rename(tmp_path / "test" / "fish")
-    with pytest.raises(ValueError, match=r"\['cat', 'fish'\]"):
+    with pytest.raises(ValueError, match=r"train lacks \['fish'\]; .*test lacks \['cat'\]"):
         open_data("folder", tmp_path)
 
 
@@ -111,24 +111,69 @@ def test_transform_normalises_resizes_and_converts():
     assert image_transform(16, (0.0,), (1.0,))(image).shape == (1, 16, 16)
 
 
-def test_augmentation_moves_and_flips():
-    image = Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32))
-    plain = image_transform(32, (0.0,), (1.0,))(image)
-    for augment in ("crop", "flip-crop"):
-        seen = [image_transform(32, (0.0,), (1.0,), augment)(image) for _ in range(20)]
-        assert any(not torch.equal(one, plain) for one in seen)
-    assert torch.equal(image_transform(32, (0.0,), (1.0,))(image), plain)
-
-
-def test_loaders_repeat_their_order_by_seed():
+def test_a_subset_is_fixed():
     dataset = list(range(10))
-
-    def batches(seed):
-        return [batch.tolist() for batch in create_loader(dataset, 4, seed)]
-
-    assert batches(3) == batches(3) != batches(4)
-    assert [len(batch) for batch in batches(3)] == [4, 4]
-    assert [batch.tolist() for batch in create_loader(dataset, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(limit(dataset, 4)) == list(limit(dataset, 4))
     assert len(set(limit(dataset, 4))) == 4
     assert limit(dataset, None) is limit(dataset, 99) is dataset
+    assert [batch.tolist() for batch in create_loader(dataset, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_the_validation_split_is_stratified_fixed_and_apart_from_training():
+    train = open_data("digits").train
+    kept, aside = split_off(train, 0.1)
+    assert (len(kept), len(aside)) == (1293, 144)
+    assert not set(kept.indices) & set(aside.indices)
+    assert set(kept.indices) | set(aside.indices) == set(range(len(train)))
+    assert aside.indices == split_off(train, 0.1)[1].indices
+    share = np.bincount(labels_of(aside)) / np.bincount(labels_of(train))
+    assert np.abs(share - 0.1).max() < 0.01
+    nested_kept, nested_aside = split_off(limit(train, 50), 0.5)
+    assert (len(nested_kept), len(nested_aside)) == (25, 25)
+    for share in (0.0001, 1.0):
+        with pytest.raises(ValueError, match=f"val_split={share}"):
+            split_off(train, share)
+
+
+def test_labels_are_known_without_reading_images(tmp_path):
+    make_folders(tmp_path)
+    data = open_data("folder", tmp_path)
+    (tmp_path / "train" / "cat" / "0.png").write_text("no image")
+    assert labels_of(data.train) == [0, 0, 0, 1, 1, 1]
+    assert labels_of([("image", 3)]) is None
+
+
+@pytest.mark.parametrize("content", [b"not an image", None])
+def test_an_unreadable_image_is_named(tmp_path, content):
+    """Text, or a picture that is cut off: no other image silently takes its place."""
+    make_folders(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:-60] if content is None else content)
+    data = open_data("folder", tmp_path)
+    assert data.train[3][1] == 1
+    with pytest.raises(ValueError, match=r"dog/1\.png is not an image that Pillow can read.*Repair or remove"):
+        data.train[4]
+
+
+def test_a_tar_is_read_by_several_processes_at_once(tmp_path):
+    make_folders(tmp_path / "folders", count=40)
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / "folders" / split, arcname=".")
+    data = open_data("folder", tmp_path)
+    assert data.train[0][1] == 0  # open before the others are forked
+    data.train.transform = image_transform(32, (0.0,), (1.0,))
+    one, several = ([images for images, _ in create_loader(data.train, 8, workers)] for workers in (0, 2))
+    assert all(torch.equal(*pair) for pair in zip(one, several, strict=True))
+
+
+def test_hugging_face_datasets_by_name(tmp_path):
+    """A local folder in the layout of the Hub; the columns and the splits are found."""
+    pytest.importorskip("datasets")
+    make_folders(tmp_path / "pets", splits=("train", "validation"))
+    data = open_data(f"hfds/{tmp_path / 'pets'}", tmp_path / "cache")
+    assert (data.classes, data.channels) == (("cat", "dog"), 3)
+    assert (len(data.train), len(data.test), labels_of(data.test)) == (6, 6, [0, 0, 0, 1, 1, 1])
+    assert data.train[0][0].size == (40, 36)
+    with pytest.raises(FileNotFoundError, match="hfds/"):
+        open_data(f"hfds/{tmp_path / 'nothing'}", tmp_path / "cache")
