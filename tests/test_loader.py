@@ -33,7 +33,7 @@ def assert_equal(ours, theirs):
 def test_neither_workers_nor_what_went_before_changes_a_batch():
     whole = batches(2)
     torch.manual_seed(99)
-    np.random.seed(99)  # noqa: NPY002
+    np.random.seed(99)
     assert_equal(batches(2), whole)
     assert_equal(batches(2, workers=2), whole)
     assert_equal(batches(2, start=4), whole[4:])

@@ -3,16 +3,12 @@
 import csv
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 
-from timm_ep import cli
 from timm_ep.cards import RunFacts
 from timm_ep.data import create_loader, open_data
 from timm_ep.evaluate import Validate, evaluate, load_run
@@ -139,46 +135,6 @@ def test_a_diverging_run_stops_with_a_diagnosis(tmp_path):
 def test_bad_options_are_named(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Trainer(**options, output=tmp_path).run()
-
-
-def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
-    config = {"epochs": 9, "train_images": 64, "model": "ep_vgg5_025", "model_args": {"free_sweeps": 2}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
-    options = ["--config", tmp_path / "recipe.yaml", "--epochs", 1, "--batch-size=32", "--output", tmp_path / "run"]
-    cli.main(["train", *map(str, options), "--quiet", "true"])
-    facts = RunFacts.load(tmp_path / "run" / "results.json")
-    assert (facts.epochs, facts.n_train, facts.settings["free_sweeps"]) == (1, 64, 2)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"accuracy: {facts.top1:.1f} % (ep_vgg5_025, ")
-    cli.main(["validate", str(tmp_path / "run")])
-    cli.main(["predict", str(tmp_path / "run"), "--top", "1"])
-    assert len(capsys.readouterr().out.splitlines()) == 6
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["train", "--dataset", "nothing"], 2, "timm-ep train: error: dataset='nothing' is unknown"),
-        (["train", "--epochs", "many"], 2, "epochs"),
-        (["train", "--rate", "1"], 2, "rate"),
-        (["fly"], 2, "unknown command 'fly'"),
-        (["validate", "nowhere"], 2, "results.json does not exist"),
-    ],
-)
-def test_user_errors_exit_with_2_and_a_message(words, code, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(words)
-    assert stopped.value.code == code
-    assert message in capsys.readouterr().err
-
-
-def test_module_and_help():
-    done = subprocess.run(
-        [sys.executable, "-m", "timm_ep", "train", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "peak learning rate" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "timm_ep"], capture_output=True, text=True, check=True)
-    assert "train,validate,predict" in done.stdout
 
 
 def test_results_are_replaced_whole_or_not_at_all(tmp_path):

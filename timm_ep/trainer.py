@@ -1,5 +1,6 @@
 """Training a model of timm's registry by EP, from options to a folder with weights that timm loads."""
 
+import copy
 import dataclasses
 import shlex
 import sys
@@ -125,6 +126,7 @@ class Trainer(TrainingOptions):
             "num_classes": len(images.source.classes),
             "label_names": list(images.source.classes),
         }
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
         with tempfile.TemporaryDirectory(dir=self.output) as folder:
             save_for_hf(model, folder, model_config=config, model_args=model_args, safe_serialization=True)
             for name in ("model.safetensors", "config.json"):

@@ -1,0 +1,123 @@
+"""The command line: options, files, errors, and a newcomer's path from a folder of images to predictions."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from timm_ep import cli
+from timm_ep.cards import RunFacts
+from timm_ep.data import open_data
+
+TINY = ['--model-args={"architecture": [8, "M", 8, "M", 8, "M", 8, "M"]}', "--batch-size=16", "--quiet"]
+
+
+def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
+    config = {"epochs": 9, "train_images": 64, "model": "ep_vgg5_025", "model_args": {"free_sweeps": 2}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    options = ["--config", tmp_path / "recipe.yaml", "--epochs", 1, "--batch-size=32", "--output", tmp_path / "run"]
+    cli.main(["train", *map(str, options), "--quiet", "true"])
+    facts = RunFacts.load(tmp_path / "run" / "results.json")
+    assert (facts.epochs, facts.n_train, facts.settings["free_sweeps"]) == (1, 64, 2)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"accuracy: {facts.top1:.1f} % (ep_vgg5_025, ")
+    cli.main(["validate", str(tmp_path / "run")])
+    cli.main(["predict", str(tmp_path / "run"), "--top", "1"])
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train", "--dataset", "nothing"], 2, "timm-ep train: error: dataset='nothing' is unknown"),
+        (["train", "--epochs", "many"], 2, "epochs"),
+        (["train", "--rate", "1"], 2, "rate"),
+        (["fly"], 2, "unknown command 'fly'"),
+        (["validate", "nowhere"], 2, "results.json does not exist"),
+    ],
+)
+def test_user_errors_exit_with_2_and_a_message(words, code, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_module_and_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_ep", "train", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "peak learning rate" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "timm_ep"], capture_output=True, text=True, check=True)
+    assert "train,validate,predict" in done.stdout
+
+
+def test_a_newcomers_path_from_a_folder_of_images_to_predictions(tmp_path, capsys):
+    digits = open_data("digits")
+    for split, part in (("train", digits.train), ("test", digits.test)):
+        for index in range(100):
+            image, label = part[index]
+            folder = tmp_path / "digits" / split / f"number-{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{index}.png")
+    data, run = ["--dataset=folder", f"--data-dir={tmp_path / 'digits'}"], tmp_path / "run"
+    cli.main(["train", *data, *TINY, "--epochs=1", "--val-split=0.1", "--augment=crop", f"--output={run}"])
+    accuracy = capsys.readouterr().out.splitlines()[-1]
+    assert accuracy.startswith("accuracy: ")
+
+    cli.main(["validate", str(run), f"--data-dir={tmp_path / 'digits'}", f"--output={tmp_path / 'valid.json'}"])
+    assert capsys.readouterr().out.splitlines() == [accuracy]
+    facts, values = RunFacts.load(run / "results.json"), json.loads((tmp_path / "valid.json").read_text())
+    assert (values["top1"], values["n_test"]) == (facts.top1, 100)
+    with pytest.raises(SystemExit):
+        cli.main(["validate", str(run), "--dataset=digits"])
+    assert "knows the classes ['number-0'" in capsys.readouterr().err
+
+    images = tmp_path / "digits" / "test"
+    for suffix in ("csv", "json"):
+        cli.main(["predict", str(run), f"--images={images}", "--top=2", f"--output={tmp_path / 'out'}.{suffix}"])
+    with (tmp_path / "out.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    answers = json.loads((tmp_path / "out.json").read_text())
+    assert (len(rows), len(answers)) == (200, 100)
+    assert [row["image"] for row in rows[::2]] == [answer["image"] for answer in answers]
+    assert [row["class"] for row in rows[:2]] == [each["class"] for each in answers[0]["classes"]]
+    assert float(rows[0]["probability"]) == answers[0]["classes"][0]["probability"]
+    hits = sum(f"/{answer['classes'][0]['class']}/" in answer["image"] for answer in answers)
+    assert hits == pytest.approx(facts.top1, abs=1)
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(run), f"--output={tmp_path / 'out.txt'}"])
+    assert "ends in .csv or .json" in capsys.readouterr().err
+
+
+def test_the_saved_options_repeat_the_run(tmp_path, capsys):
+    cli.main(["train", *TINY, "--epochs=1", "--train-images=64", "--mixup=0.2", f"--output={tmp_path / 'one'}"])
+    saved = tmp_path / "one" / "args.yaml"
+    assert yaml.safe_load(saved.read_text())["mixup"] == 0.2
+    cli.main(["train", "--config", str(saved), "--output", str(tmp_path / "two"), "--resume"])
+    first, second = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(saved)])
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(tmp_path, capsys):
+    cli.main(["train", *TINY[:2], "--epochs=2", "--train-images=64", f"--output={tmp_path}"])
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
+    for word in ("loss", "accuracy", "residual", "sweeps", "images/s", "left"):
+        assert word in lines[0]
+    assert "\r" not in printed.out + printed.err
+
+
+def test_run_names_what_it_cannot_find(capsys):
+    for words, code in ((["run"], 2), (["run", "--help"], 0), (["run", "nowhere.py"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == code
+    assert "nowhere.py is neither a file nor a module" in capsys.readouterr().err
