@@ -99,7 +99,7 @@ if __name__ == "__main__":
 
 
 def test_timms_scripts_run_unmodified(tmp_path):
-    """A script that knows nothing of this package creates its models; files beside it are found, as Python finds them."""
+    """A script that knows nothing of this package creates its models, and finds the files beside it."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     (tmp_path / "beside.py").write_text("VALUE = 7")

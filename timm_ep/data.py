@@ -23,6 +23,14 @@ TEST_NAMES = ("test", "val", "validation", "eval")
 IMAGE_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
+class UnreadableImage(ValueError):
+    """A file that should be an image and cannot be read."""
+
+    def __init__(self, message: str) -> None:
+        # From a process that loads images it arrives as the last line of a traceback.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 class Digits(Dataset[tuple[Any, int]]):
     """scikit-learn's 1,797 handwritten digits: 8×8 pixels, enlarged three times and padded with black to 32×32.
 
@@ -79,7 +87,7 @@ class ReaderImages(Dataset[tuple[Any, int]]):
             with file:
                 image = Image.open(file).convert("RGB")
         except IMAGE_ERRORS as error:
-            raise ValueError(
+            raise UnreadableImage(
                 f"{self.reader.filename(index, absolute=True)} is not an image that Pillow can read ({error}). Repair "
                 "or remove it."
             ) from error
