@@ -122,6 +122,19 @@ def test_every_mode_trains_saves_and_resumes(options, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"amp": True}, {"amp": True, "amp_dtype": "float16", "channels_last": True}, {"deterministic": True}],
+)
+def test_training_resuming_and_testing_on_cuda(options, tmp_path):
+    options = {**OPTIONS, **options, "device": "cuda", "model_ema": True, "mixup": 0.2, "local_error": 0.1}
+    facts = Trainer(**options, output=tmp_path).run()
+    assert Trainer(**{**options, "epochs": 2}, output=tmp_path, resume=True).run().top1 >= 0
+    assert facts.top1 > 0
+    assert int(rows_of(tmp_path)[0]["skipped"]) == 0
+
+
 def test_half_precision_is_close_to_float32(tmp_path):
     losses = {}
     for name, options in {"float32": {}, "bfloat16": {"amp": True}}.items():

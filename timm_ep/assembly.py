@@ -64,7 +64,7 @@ def open_images(options: TrainingOptions) -> tuple[RunImages, nn.Module]:
             + (" or grad_accum_steps." if options.grad_accum_steps > 1 else ".")
         )
     model = create_model(options, source)
-    config = resolve_data_config(model=model)
+    config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
     mean, std = (channel_values(config[k], source.channels) for k in ("mean", "std"))
     images = RunImages(source, train, validation, options.img_size or config["input_size"][-1], mean, std)
     _check_model(options, model, images)

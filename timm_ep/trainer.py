@@ -119,16 +119,23 @@ class Trainer(TrainingOptions):
     def _save_model(self, model: Any, images: RunImages, facts: RunFacts) -> None:
         # All keys as arguments: the run is to be the same model after a default of the package changes.
         model_args = {**facts.settings, **self.model_args, "in_chans": images.source.channels}
-        config = {
+        seen = {
             "input_size": (images.source.channels, images.size, images.size),
             "mean": images.mean,
             "std": images.std,
+            "interpolation": "bilinear",  # as `timm_ep.data.image_transform` prepares them
+            "crop_pct": 1.0,
+        }
+        config = {
+            **seen,
             "num_classes": len(images.source.classes),
             "label_names": list(images.source.classes),
         }
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
         with tempfile.TemporaryDirectory(dir=self.output) as folder:
-            save_for_hf(model, folder, model_config=config, model_args=model_args, safe_serialization=True)
+            save_for_hf(
+                model, folder, model_config=config, model_args=model_args, data_config=seen, safe_serialization=True
+            )
             for name in ("model.safetensors", "config.json"):
                 with replacing(self.output / name) as temporary:
                     temporary.write_bytes((Path(folder) / name).read_bytes())
