@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from timm_ep.checkpoints import CheckpointStore
-from timm_ep.guard import layer_residuals
+from timm_ep.guard import Guard, layer_residuals
 from timm_ep.loop import TrainingLoop
 from timm_ep.models import EpVgg
+from timm_ep.options import TrainingOptions
 from timm_ep.trainer import Trainer
 
 OPTIONS = {
@@ -93,6 +94,24 @@ def test_a_net_that_does_not_settle_is_not_trained(tmp_path, capsys):
     with pytest.raises(FloatingPointError, match=r"4 updates in a row.*free residual .* is above max_residual=0\.05"):
         Trainer(**options, output=tmp_path).run()
     assert capsys.readouterr().err.count("skipped") == 4
+
+
+def test_the_diagnosis_names_the_layer_that_settles_worst_and_broken_weights():
+    model = EpVgg((4, "M", 6, "M", 6), num_classes=3, feedback=0.5)
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        model.layers[0].bias.fill_(5.0)  # saturated, so that it hardly changes
+    last = layer_residuals(model, images)[-1]
+    worst = int(last.argmax()) + 1
+    assert last.max() > 2 * last.min()
+    text = Guard(in_a_row=3).diagnosis("of this", "update 9", model, images, TrainingOptions())
+    assert f"Layer {worst} of 3 settles worst: its state changes by {float(last.max()):.2g} of its size" in text
+    assert "3 updates in a row were skipped, the last (update 9) because of this" in text
+    assert "not finite any more" not in text
+    model.layers[1].gain.data[2] = float("inf")
+    text = Guard().diagnosis("of this", "update 9", model, images, TrainingOptions(clip_grad=1.0))
+    assert "Weights are not finite any more, first layers.1.gain" in text
+    assert "set clip_grad" not in text
 
 
 def test_residuals_by_layer_agree_with_the_models_own():

@@ -165,22 +165,22 @@ def test_the_teacher_is_asked_once_for_each_image_and_its_answers_are_its_own(tm
     teacher_run = tmp_path / "teacher"
     Trainer(**OPTIONS, output=teacher_run).run()
     asked, checked = [], []
-    forward, backward = teachers.Teacher.forward, loop.TrainingLoop._backward
+    forward, train = teachers.Teacher.forward, loop.EpTask.forward
 
     def counting(self, images):
         asked.append(len(images))
         return forward(self, images)
 
-    def checking(self, images, labels, indices, *rest):
-        taught, said = self.cache(images, indices), forward(self.task.teacher, images)
+    def checking(self, images, target, taught=None):
+        said = forward(self.teacher, images)
         torch.testing.assert_close(taught.logits, said.logits, rtol=2e-3, atol=2e-3)
         for ours, theirs in zip(taught.features, said.features, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
-        checked.append(len(labels))
-        return backward(self, images, labels, indices, *rest)
+        checked.append(len(images))
+        return train(self, images, target, taught)
 
     monkeypatch.setattr(teachers.Teacher, "forward", counting)
-    monkeypatch.setattr(loop.TrainingLoop, "_backward", checking)
+    monkeypatch.setattr(loop.EpTask, "forward", checking)
     options = {**OPTIONS, "epochs": 2, "teacher": str(teacher_run), "distill_logits": 0.5, "distill_features": 0.1}
     facts = Trainer(**options, cache_teacher=True, val_split=0.25, output=tmp_path / "student").run()
     assert sum(asked) == facts.n_train == 96
@@ -188,14 +188,24 @@ def test_the_teacher_is_asked_once_for_each_image_and_its_answers_are_its_own(tm
     assert facts.signals == {"distill_features": 0.1, "distill_logits": 0.5}
 
 
-def test_tensorboard_has_every_update_once_though_the_run_was_resumed(tmp_path):
+def test_tensorboard_has_every_update_once_though_the_run_broke_off_and_was_resumed(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = {**OPTIONS, "log_tensorboard": True, "output": tmp_path}
-    Trainer(**options).run()
-    Trainer(**{**options, "epochs": 2}, resume=True).run()
+    options = {**OPTIONS, "log_tensorboard": True, "checkpoint_interval": "3", "output": tmp_path}
+    original = loop.TrainingLoop._update
+
+    def broken(self, batches, stop):
+        if self.updates == 5:
+            raise RuntimeError("broken off")
+        return original(self, batches, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainingLoop, "_update", broken)
+        with pytest.raises(RuntimeError, match="broken off"):
+            Trainer(**options).run()
+    Trainer(**options, resume=True).run()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
     assert {"train/residual", "train/lr", "epoch/train_accuracy"} <= set(events.Tags()["scalars"])
 
 

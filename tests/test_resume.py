@@ -262,6 +262,9 @@ def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
     with pytest.raises(FileExistsError, match=r"holds a run already.*--resume.*--overwrite"):
         Trainer(**options_of(finished)).run()
     Trainer(**options_of(tmp_path)).run()
+    with pytest.raises(ValueError, match="num_classes=7"):
+        Trainer(**options_of(tmp_path, model_args={"num_classes": 7}, overwrite=True)).run()
+    assert (tmp_path / "results.json").exists()  # what cannot start discards nothing
     Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
     assert load_checkpoint(CheckpointStore(tmp_path / "checkpoints").steps()[0])["options"]["lr"] == 0.1
     with pytest.raises(ValueError, match="choose one"):

@@ -25,7 +25,7 @@ from timm_ep.data import (
 from timm_ep.distributed import World
 from timm_ep.loader import EpochOrder, Samples, augmentation, training_loader
 from timm_ep.logs import RunLog
-from timm_ep.loop import TrainingLoop
+from timm_ep.loop import Progress, TrainingLoop
 from timm_ep.options import TrainingOptions
 from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
 from timm_ep.task import EpTask
@@ -174,6 +174,7 @@ def create_loop(
             **options.sched_kwargs,
         },
     )
+    progress = Progress.of(state["progress"]) if state else Progress()
     loop = TrainingLoop(
         options=options,
         task=task,
@@ -185,7 +186,13 @@ def create_loop(
         world=world,
         store=store,
         log=RunLog(
-            options.output, options.epochs, order.updates, options.quiet, options.log_tensorboard, world.primary
+            options.output,
+            options.epochs,
+            order.updates,
+            options.quiet,
+            options.log_tensorboard,
+            world.primary,
+            done=progress.epoch * order.updates + progress.update,
         ),
         mixup=_create_mixup(options, len(images.source.classes)) if options.mixes else None,
         cache=cache,
@@ -193,7 +200,6 @@ def create_loop(
     )
     if state:
         loop.restore(state)
-        loop.log.first = loop.updates
         loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
     return loop
 

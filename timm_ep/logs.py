@@ -68,7 +68,7 @@ class RunLog:
                 raise ModuleNotFoundError(
                     "log_tensorboard needs the tensorboard package: pip install timm_ep[logging]."
                 ) from error
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def say(self, text: str) -> None:
         """A line of information, unless quiet."""

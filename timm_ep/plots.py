@@ -37,9 +37,12 @@ class Plot:
             style = "--" if facts.settings.get("gradient") == "backprop" else "-"
             left.plot(epochs, [float(row["train_loss"]) for row in rows], style)
             label = f"{folder.name}: test {facts.top1:.1f} %"
-            right.plot(epochs, [float(row["train_accuracy"]) for row in rows], style, label=label)
+            (line,) = right.plot(epochs, [float(row["train_accuracy"]) for row in rows], style, label=label)
+            if all(row.get("val_accuracy") for row in rows):
+                values = [float(row["val_accuracy"]) for row in rows]
+                right.plot(epochs, values, ":", color=line.get_color(), label=f"{folder.name}: validation")
         left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="training accuracy, %")
+        right.set(xlabel="epoch", ylabel="accuracy, %")
         right.legend(fontsize="x-small")
         with replacing(self.output) as temporary:
             figure.savefig(temporary, format=self.output.suffix.lstrip(".") or "png")

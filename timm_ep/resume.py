@@ -9,7 +9,7 @@ from timm_ep.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.distributed import World
 from timm_ep.options import TrainingOptions
 
-__all__ = ["check_resumed", "earlier_state"]
+__all__ = ["check_resumed", "discard", "earlier_state"]
 
 
 def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore) -> dict[str, Any]:
@@ -22,9 +22,6 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
     if world.primary:
         store.clean()
     if options.overwrite:
-        if world.primary:
-            shutil.rmtree(store.folder, ignore_errors=True)
-            (options.output / RESULTS_NAME).unlink(missing_ok=True)
         return {}
     if options.resume:
         if not world.primary:
@@ -41,6 +38,14 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
             "by --overwrite."
         )
     return {}
+
+
+def discard(options: TrainingOptions, store: CheckpointStore) -> None:
+    """Remove what the folder of an earlier run would be resumed or read from."""
+    shutil.rmtree(store.folder, ignore_errors=True)
+    for name in (RESULTS_NAME, "summary.csv"):
+        (options.output / name).unlink(missing_ok=True)
+    shutil.rmtree(options.output / "tensorboard", ignore_errors=True)
 
 
 def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dict[str, Any], world: World) -> None:

@@ -24,7 +24,7 @@ from timm_ep.loop import TrainingLoop
 from timm_ep.models import EpVgg
 from timm_ep.options import TrainingOptions
 from timm_ep.plots import Plot
-from timm_ep.resume import check_resumed, earlier_state
+from timm_ep.resume import check_resumed, discard, earlier_state
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Trainer(TrainingOptions):
         try:
             if world.primary:
                 self.output.mkdir(parents=True, exist_ok=True)
+                if self.overwrite:  # only now that the options are known to be good
+                    discard(self, store)
                 self.save(self.output / "args.yaml")
             loop.run()
             facts = self._finish(loop, images, model)
