@@ -10,6 +10,7 @@ With the exact difference of the two phases, in the coordinates of `timm_ep.dyna
     dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -101,6 +102,16 @@ class _Equilibrium(torch.autograd.Function):
 _NO_DRIVE: tuple[None, None, None] = (None, None, None)
 
 
+def normalised_forces(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """∂L/∂s_l over their largest magnitude, which is returned too (1 where all are 0), in channels-last format."""
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest)
+    forces = [
+        None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
+    ]
+    return forces, scale
+
+
 def ep_gradient(
     net: Net,
     x: Tensor,
@@ -123,11 +134,7 @@ def ep_gradient(
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest)
-    forces = [
-        None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
-    ]
+    forces, scale = normalised_forces(grads)
     betas = (settings.beta,) if settings.nudging == "one-sided" else (settings.beta, -settings.beta)
     estimates = [
         _contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed)
