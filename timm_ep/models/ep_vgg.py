@@ -307,9 +307,9 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def _create(variant: str, architecture: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
-    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
-    kwargs = {"architecture": scaled, "feedback": _FEEDBACK[architecture], **kwargs}
+def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[base])
+    kwargs = {"architecture": scaled, "feedback": _FEEDBACK[base], **kwargs}
     resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
     return build_model_with_cfg(
         EpVgg,
