@@ -30,7 +30,7 @@ def make_task(depth=4, gain=0.2, **settings):
         model,
         LocalErrors(model, 0.3, layers=[1, 3], pooled_size=2),
         FeatureDistillation(model, teacher, 0.7, layers=[2, 3]),
-        LogitDistillation(0.5, 2.0),
+        LogitDistillation(model, 0.5, 2.0, layers=[1, 4]),
         teacher,
         dtype=torch.float64,
     )
@@ -91,7 +91,7 @@ def test_signals_of_weight_zero_change_nothing_bit_for_bit():
 def test_the_weighted_sum_of_cross_entropies():
     """By hand: uniform logits cost ln 5 a layer."""
     model, (x, y) = make_net(4), make_batch()
-    signal = LocalErrors(model, [0.1, 0.2, 0.3, 0.4], final=0.5)
+    signal = LocalErrors(model, [0.1, 0.2, 0.3, 0.4], pooled_size=1, final=0.5)
     for classify in signal.classifiers:
         torch.nn.init.zeros_(classify.weight)
         torch.nn.init.zeros_(classify.bias)
@@ -156,8 +156,16 @@ def test_logit_distillation_is_the_divergence_from_the_teacher():
         return temperature**2 * total / 2
 
     for temperature in (1.0, 4.0):
-        found = LogitDistillation(0.5, temperature)(student, teacher).item()
+        found = LogitDistillation(torch.nn.Flatten(), 0.5, temperature)([], student, teacher).item()
         assert found == pytest.approx(0.5 * plainly(temperature), rel=1e-5)
+        model = make_net(4, num_classes=2, dtype=torch.float32)
+        signal = LogitDistillation(model, 0.5, temperature, layers=[1, 3])
+        states = model.equilibrium(torch.rand(2, 3, 16, 16))
+        for classify in signal.classifiers.classifiers:  # uniform answers, whatever the state
+            torch.nn.init.zeros_(classify.weight)
+            classify.bias.data = torch.zeros(2)
+        uniform = LogitDistillation(torch.nn.Flatten(), 0.5, temperature)([], torch.zeros(2, 2), teacher).item()
+        assert signal(states, student, teacher).item() == pytest.approx(found + 2 * uniform, rel=1e-5)
 
 
 MODEL = make_net(4)
@@ -172,13 +180,16 @@ MODEL = make_net(4)
         (lambda: LocalErrors(MODEL, weight=[1.0, 2.0]), "2 weights were given for 4 layers"),
         (lambda: LocalErrors(MODEL, weight=-1.0), "at least 0"),
         (lambda: LocalErrors(MODEL, schedule="odd"), "'odd' is unknown; choose constant, early or late"),
-        (lambda: LocalErrors(MODEL, pooled_size=0), "pooled_size=0 must be at least 1"),
+        (lambda: LocalErrors(MODEL, pooled_size=0), "pooled_size=0 is too small"),
         (lambda: LocalErrors(make_net(4, num_classes=0)), "num_classes=0"),
         (lambda: LocalErrors(timm.create_model("test_resnet")), "ResNet has no states"),
         (lambda: FeatureDistillation(MODEL, make_teacher(), loss="l1"), "choose mse or cosine"),
         (lambda: FeatureDistillation(MODEL, Teacher(torch.nn.Flatten(), MEAN, STD)), "Flatten gives no features"),
-        (lambda: LogitDistillation(weight=-1), "weight=-1"),
-        (lambda: LogitDistillation(temperature=0), "temperature=0"),
+        (lambda: LogitDistillation(MODEL, layers=[9]), "layers 1 to 4"),
+        (lambda: LogitDistillation(torch.nn.Flatten(), layers=[1]), "Flatten has no states"),
+        (lambda: LocalErrors(MODEL, final=-1.0), "final=-1.0 is negative"),
+        (lambda: LogitDistillation(MODEL, weight=-1), "weight=-1"),
+        (lambda: LogitDistillation(MODEL, temperature=0), "temperature=0"),
     ],
 )
 def test_bad_options_are_named(make, message):

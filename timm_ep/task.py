@@ -49,7 +49,7 @@ class _Objective(nn.Module):
             elif taught is None:
                 raise ValueError(f"{name} needs what the teacher says of the images (taught); got None.")
             elif isinstance(signal, LogitDistillation):
-                parts[name] = signal(output, taught.logits)
+                parts[name] = signal(states, output, taught.logits)
             else:
                 parts[name] = signal(states, taught.features)
         return {

@@ -47,15 +47,16 @@ class Trainer:
         model_args: further arguments of the model, such as `feedback` or `free_sweeps`.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
             twin). Only for `ep_vgg*`.
-        local_error: weight of the local errors, classifiers on the layers' states; 0 for none. 0.3 is a good start.
+        local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
         local_error_args: further arguments of `timm_ep.signals.LocalErrors`, such as `layers` or `schedule`.
         teacher: what to distil from, as for `timm_ep.teachers.create_teacher`: a name of timm, `hf-hub:…`,
             `local-dir:…`, or the folder of a run.
         teacher_checkpoint: weights for the model that `teacher` names.
         distill_features: weight of the teacher's features as targets of the states; 0 for none.
         distill_features_args: further arguments of `timm_ep.signals.FeatureDistillation`.
-        distill_logits: weight of the teacher's logits beside the labels; 0 for none.
-        temperature: of the logits in distillation.
+        distill_logits: weight of the teacher's logits beside the labels, at the read-out and at every layer; 0 for
+            none.
+        distill_logits_args: further arguments of `timm_ep.signals.LogitDistillation`, such as `temperature`.
         cache_teacher: ask the teacher once for each image and keep its answers in memory; not with augmentation.
         epochs: passes over the training images.
         batch_size: images a step.
@@ -87,7 +88,7 @@ class Trainer:
     distill_features: float = 0.0
     distill_features_args: dict[str, Any] = field(default_factory=dict)
     distill_logits: float = 0.0
-    temperature: float = 4.0
+    distill_logits_args: dict[str, Any] = field(default_factory=dict)
     cache_teacher: bool = False
     epochs: int = 10
     batch_size: int = 64
@@ -204,7 +205,7 @@ class Trainer:
             if self.distill_features:
                 features = FeatureDistillation(model, teacher, self.distill_features, **self.distill_features_args)
             if self.distill_logits:
-                logits = LogitDistillation(self.distill_logits, self.temperature)
+                logits = LogitDistillation(model, self.distill_logits, **self.distill_logits_args)
         return EpTask(
             model,
             local_errors,
