@@ -73,6 +73,7 @@ class Fault:
         times: how often.
         status: answer with this status.
         headers: of that answer.
+        html: answer with a web page, as a proxy or a failing gateway does.
         drop_upload: hang up after so many bytes of the request's body.
         drop_download: hang up after so many bytes of the answer's body.
     """
@@ -82,6 +83,7 @@ class Fault:
     times: int = 1
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    html: bool = False
     drop_upload: int | None = None
     drop_download: int | None = None
 
@@ -175,6 +177,9 @@ class Handler(BaseHTTPRequestHandler):
         self.drop_download = fault.drop_download
         try:
             self.body = self.read_body(fault.drop_upload)
+            if fault.html:
+                self.send(fault.status or 200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
+                return
             if fault.status:
                 raise HubError(fault.status, message="ordered by the test", **fault.headers)
             for method, pattern, route in ROUTES:

@@ -1,12 +1,10 @@
 """Models to and from the Hugging Face Hub.
 
-A repository is made by `timm.models.save_for_hf`, so that timm reads it: `timm.create_model("hf-hub:user/name",
-pretrained=True)`. It is committed by `huggingface_hub.HfApi.create_commit`, not by `timm.models.push_to_hf_hub`, which
-uploads pickles unless told not to, keeps the card of other weights if there is one, and knows no dry run; nor by
-`HfApi.upload_folder`, which may make several commits of one folder: one commit is all there or not there.
+What `timm_ep.export` writes is committed by `huggingface_hub.HfApi.create_commit`, as one commit is all there or not at
+all. `timm.models.push_to_hf_hub` uploads pickles unless told not to, keeps the card of other weights if there is one, and
+knows no dry run; `HfApi.upload_folder`, on which it builds, may make several commits of one folder.
 """
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -29,106 +27,27 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from timm.models import save_for_hf
 
-from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
-from timm_ep.files import creating, replacing
-from timm_ep.plots import Plot
+from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
+from timm_ep.export import prepare
+from timm_ep.files import creating
 from timm_ep.repository import (
     CONFIG_NAME,
     TEXT_LIMIT,
     WEIGHTS_NAME,
-    load,
-    load_checkpoint,
     verify_config,
     verify_weights,
     weights_limit,
 )
 from timm_ep.secrets import holds_secret, redacted
+from timm_ep.version import __version__
 
-__all__ = ["Publish", "Pull", "prepare", "publish", "pull"]
+__all__ = ["Publish", "Pull", "publish", "pull"]
 
 _TEXTS = (CARD_NAME, RESULTS_NAME, TWIN_NAME, LOG_NAME, CURVES_NAME)
 _ATTEMPTS = 5
 
 T = TypeVar("T")
-
-
-def prepare(
-    run: str | Path,
-    folder: str | Path,
-    repo_id: str,
-    twin: str | Path | None = None,
-    dataset_id: str | None = None,
-) -> str:
-    """Write a repository's folder: weights, configuration, card, and what is known of the training.
-
-    Args:
-        run: folder of a run, or a checkpoint beside its config.json (see `timm_ep.repository.load_checkpoint`).
-        folder: to write to; it must not exist, or be empty.
-        repo_id: where it will be, `user/name`.
-        twin: folder of the same net's run by backprop, for comparison in the card.
-        dataset_id: of the data on the Hub, where the run does not know it.
-
-    Returns:
-        the architecture.
-
-    Raises:
-        FileNotFoundError: no run, no config.json, or no safetensors.
-        ValueError: weights or a configuration that do not pass the checks, or facts of another model.
-        FileExistsError: `folder` has something in it.
-    """
-    run = Path(run)
-    model: Any = load(run) if run.is_dir() else load_checkpoint(run)
-    home = run if run.is_dir() else run.parent
-    name, labels = repo_id.partition("/")[2], model.pretrained_cfg.get("label_names")
-    with creating(folder) as new:
-        save_for_hf(
-            model,
-            str(new),
-            model_config={
-                "pretrained_cfg": {"tag": name.partition(".")[2]},
-                **({"label_names": list(labels)} if labels else {}),
-            },
-            # All settings as arguments: it is to be the same model after a default of the package changes.
-            model_args=dataclasses.asdict(model.settings),
-            safe_serialization=True,
-        )
-        # A checkpoint is not what the run's facts were measured on unless it is the run's own weights.
-        if run.is_dir() or run.name == WEIGHTS_NAME:
-            _add_facts(new, home, model.pretrained_cfg["architecture"], dataset_id)
-        elif twin or dataset_id:
-            raise ValueError(
-                f"{run} is a checkpoint, of which no facts are recorded that a twin or dataset_id adds to."
-            )
-        if twin:
-            _add_twin(new, Path(twin) / RESULTS_NAME)
-        (new / CARD_NAME).write_text(folder_card(new, name, f"hf-hub:{repo_id}"), encoding="utf-8")
-    return str(model.pretrained_cfg["architecture"])
-
-
-def _add_facts(new: Path, home: Path, architecture: str, dataset_id: str | None) -> None:
-    facts = RunFacts.load(home / RESULTS_NAME)
-    if facts.architecture != architecture:
-        raise ValueError(f"{home / RESULTS_NAME} is of {facts.architecture!r}, the weights are of {architecture!r}.")
-    dataclasses.replace(facts, dataset_id=dataset_id or facts.dataset_id).save(new / RESULTS_NAME)
-    if (home / LOG_NAME).exists():
-        with replacing(new / LOG_NAME) as temporary:
-            temporary.write_text(redacted((home / LOG_NAME).read_text(encoding="utf-8")), encoding="utf-8")
-        Plot(new, new / CURVES_NAME).run()
-
-
-def _add_twin(new: Path, results: Path) -> None:
-    facts, twin = RunFacts.load(new / RESULTS_NAME), RunFacts.load(results)
-    if twin.settings.get("gradient") != "backprop" or (twin.architecture, twin.dataset) != (
-        facts.architecture,
-        facts.dataset,
-    ):
-        raise ValueError(
-            f"{results} is of {twin.architecture} on {twin.dataset} by {twin.settings.get('gradient')}; the twin of this "
-            f"run is {facts.architecture} on {facts.dataset} by backprop (timm-ep train --gradient backprop)."
-        )
-    twin.save(new / TWIN_NAME)
 
 
 def publish(
@@ -147,19 +66,19 @@ def publish(
     hold the same architecture, and be private if `private` is asked for.
 
     Args:
-        run: see `prepare`.
+        run: see `timm_ep.export.prepare`.
         repo_id: `user/name`, such as `user/ep_vgg9.cifar10`.
         private: create it for your eyes only.
         revision: branch to commit to, made if need be; `main` by default.
         create_pr: open a pull request instead of committing.
-        twin: see `prepare`.
-        dataset_id: see `prepare`.
+        twin: see `timm_ep.export.prepare`.
+        dataset_id: see `timm_ep.export.prepare`.
 
     Returns:
         the address of the commit, or of the pull request.
 
     Raises:
-        ValueError: see `prepare`; a repository id that is none; a pull request to a branch.
+        ValueError: see there; a repository id that is none; a pull request to a branch.
         FileExistsError: the repository holds something else, or is public where a private one is asked for.
         PermissionError: no token, a wrong one, or one that may not write there.
         ConnectionError: the Hub cannot be reached, or fails; nothing is published, and a repeat continues.
@@ -171,7 +90,7 @@ def publish(
         with _plain_errors(f"publishing to {repo_id}"):
             if get_token() is None:
                 raise PermissionError("Publishing needs an access token; log in with `hf auth login` or set HF_TOKEN.")
-            api = HfApi(library_name="timm_ep")
+            api = HfApi(library_name="timm_ep", library_version=__version__)
             _patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
             _check_existing(api, repo_id, private, architecture)
             if revision and revision != "main":
@@ -248,7 +167,7 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Path:
     """
     _check_repo_id(repo_id)
     with creating(output) as folder, _plain_errors(f"pulling {repo_id}"):
-        api = HfApi(library_name="timm_ep")
+        api = HfApi(library_name="timm_ep", library_version=__version__)
         info = _patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
         if strange := [name for name in sizes if not _is_inside(name)]:
@@ -306,8 +225,9 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The client wraps what went wrong in "not in the local cache either"."""
-    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    """What went wrong, of which the client may only say "not in the local cache either" or "error while uploading"."""
+    wraps = isinstance(error, LocalEntryNotFoundError | RuntimeError)
+    return error.__cause__ if wraps and isinstance(error.__cause__, HTTPError | OSError) else error
 
 
 @contextmanager
@@ -315,13 +235,20 @@ def _plain_errors(doing: str) -> Iterator[None]:
     """The client's errors as built-in ones: one line that says what to do, free of tokens, without the client's own."""
     try:
         yield
-    except (HTTPError, OSError) as error:
-        raised = _explained(_origin(error), doing)
+    except json.JSONDecodeError:
+        raise ConnectionError(
+            f"{_capital(doing)} failed: what answers is not the Hub, or it has an error of its own; check the network "
+            "and HF_ENDPOINT, and repeat the command."
+        ) from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        if not isinstance(origin := _origin(error), HTTPError | OSError):
+            raise
+        raised = _explained(origin, doing)
         raise type(raised)(redacted(str(raised))) from None
 
 
 def _explained(error: BaseException, doing: str) -> OSError:
-    failed = f"{doing[0].upper()}{doing[1:]} failed"
+    failed = f"{_capital(doing)} failed"
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else None
     if isinstance(error, OfflineModeIsEnabled):
@@ -351,6 +278,10 @@ def _explained(error: BaseException, doing: str) -> OSError:
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(f"{failed}: {error.strerror}{f' ({error.filename})' if error.filename else ''}.")
     return type(error)(str(error)) if isinstance(error, OSError) else OSError(f"{failed}: {error}")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _first_line(error: BaseException) -> str:

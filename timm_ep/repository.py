@@ -190,7 +190,7 @@ def _check(path: Path, prefix: str, values: dict[str, Any], accepted: dict[str, 
 
 
 def verify_config(path: str | os.PathLike[str]) -> nn.Module:
-    """The model that a configuration describes, without weights (on the meta device).
+    """The model that a configuration describes, as timm makes it, without weights (on the meta device).
 
     Args:
         path: of config.json.
@@ -199,24 +199,22 @@ def verify_config(path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: no such file.
         ValueError: not a configuration of this package's models.
     """
-    config = read_config(path)
-    name, args, cfg = config["architecture"], config["model_args"], config["pretrained_cfg"]
+    path, config = Path(path), read_config(path)
+    args, cfg = config["model_args"], config["pretrained_cfg"]
     for key, value in (("model_args", args), ("pretrained_cfg", cfg)):
         if value.get("num_classes", config["num_classes"]) != config["num_classes"]:
             raise ValueError(f"{path}: num_classes is {config['num_classes']}, but {value['num_classes']} in {key}.")
     labels = config.get("label_names") or cfg.get("label_names")
     if labels and len(labels) != config["num_classes"]:
         raise ValueError(f"{path}: {len(labels)} label names for {config['num_classes']} classes.")
-    channels = args.get("in_chans", 3)
-    for key in ("mean", "std"):
-        if len(cfg.get(key, [0])) not in (1, channels):
-            raise ValueError(f"{path}: {key} has {len(cfg[key])} values for {channels} channels.")
-    if cfg.get("input_size", [channels])[0] != channels:
-        raise ValueError(f"{path}: input_size is {cfg['input_size']} for {channels} channels.")
     try:
-        return timm.create_model(name, device="meta", **{"num_classes": config["num_classes"], **args})
+        model = timm.create_model(f"local-dir:{path.parent}", pretrained=False, device="meta")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: model_args: {error}") from error
+    for key in ("mean", "std"):
+        if len(cfg.get(key, [0])) not in (1, 3, model.in_chans):  # timm averages three values for other channels
+            raise ValueError(f"{path}: {key} has {len(cfg[key])} values for {model.in_chans} channels.")
+    return model
 
 
 def verify_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
