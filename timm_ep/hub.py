@@ -1,8 +1,8 @@
 """Models to and from the Hugging Face Hub.
 
 What `timm_ep.export` writes is committed by `huggingface_hub.HfApi.create_commit`, as one commit is all there or not at
-all. `timm.models.push_to_hf_hub` uploads pickles unless told not to, keeps the card of other weights if there is one, and
-knows no dry run; `HfApi.upload_folder`, on which it builds, may make several commits of one folder.
+all. `timm.models.push_to_hf_hub` uploads pickles unless told not to, keeps the card of other weights if there is one,
+and knows no dry run; `HfApi.upload_folder`, on which it builds, may make several commits of one folder.
 """
 
 import json
