@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hub_client import Client
 from hub_server import HubServer
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image
 from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
 from safetensors.torch import load_file, save
@@ -509,7 +510,10 @@ def test_tokens_are_neither_printed_nor_published(site, cache, tmp_path):
     results = json.loads((run / "results.json").read_text())
     results["command"] = f"timm-ep train --token {secret}"  # as an older version would have written it
     (run / "results.json").write_text(json.dumps(results))
+    cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
+    (run / "config.json").write_bytes(changed_config(run, pretrained_cfg={**cfg, "description": f"see {secret}"}))
     cache(hub.publish, run, ID, token=secret)
+    assert b"see ***" in published(site)["config.json"]
     for content in published(site).values():
         assert secret.encode() not in content
     assert b"--token ***" in published(site)["README.md"]
@@ -518,6 +522,8 @@ def test_tokens_are_neither_printed_nor_published(site, cache, tmp_path):
             cache(hub.publish, run, repo_id, token=secret)
         with pytest.raises(ValueError, match=r"is no repository's id; expected user/name"):
             cache(hub.pull, repo_id, tmp_path / "x", token=secret)
+        with pytest.raises(ValueError, match="revision holds an access token"):
+            cache(hub.pull, ID, tmp_path / "x", revision=secret, token=secret)
         for command in (["pull", repo_id], ["publish", str(run), "--repo-id", repo_id], ["train", f"--lr={repo_id}"]):
             with pytest.raises(SystemExit):
                 cache(cli.main, command, token=secret)
@@ -527,6 +533,21 @@ def test_tokens_are_neither_printed_nor_published(site, cache, tmp_path):
         with pytest.raises(OSError, match="failed"):
             cache(hub.pull, ID, tmp_path / "x", token=secret)
     assert secret not in cache.output
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HTTPError("GET https://me:sesame@hub.org/api broke"),
+        OSError("hf_RecognisableFakeToken0123456789"),
+        OSError(2, "No such file", "/hf_RecognisableFakeToken0123456789"),
+    ],
+)
+def test_errors_are_passed_on_without_secrets(error):
+    with pytest.raises(OSError, match=r"\*\*\*") as raised, hub._plain_errors("pulling"):
+        raise error
+    told = "".join(traceback.format_exception(raised.value))
+    assert not re.search("sesame|Recognisable", told.split("raise error")[-1])
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
 from timm_ep.files import creating
 from timm_ep.plots import Plot
-from timm_ep.repository import WEIGHTS_NAME, load, load_checkpoint
+from timm_ep.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
 from timm_ep.secrets import redacted
 
 __all__ = ["prepare"]
@@ -60,6 +60,8 @@ def prepare(
             model_args=dataclasses.asdict(model.settings),
             safe_serialization=True,
         )
+        config = new / CONFIG_NAME
+        config.write_text(redacted(config.read_text(encoding="utf-8")), encoding="utf-8")
         # Of other checkpoints than a run's own weights the run's facts may not be true.
         if (run.is_dir() or run.name == WEIGHTS_NAME) and (home / RESULTS_NAME).exists():
             _add_facts(new, home, model.pretrained_cfg["architecture"], dataset_id)

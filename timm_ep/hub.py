@@ -107,8 +107,10 @@ def publish(
     return redacted(str(done.pr_url or done.commit_url))
 
 
-def _check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
+def _check_target(repo_id: str, revision: str | None, create_pr: bool = False) -> None:
     _check_repo_id(repo_id)
+    if holds_secret(revision or ""):
+        raise ValueError("revision holds an access token; expected a branch, tag or commit.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is to the main branch; drop revision={revision!r} or create_pr.")
 
@@ -165,7 +167,7 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Path:
         ConnectionError: the Hub cannot be reached, or fails.
         OSError: the disk is full, or other failures of writing.
     """
-    _check_repo_id(repo_id)
+    _check_target(repo_id, revision)
     with creating(output) as folder, _plain_errors(f"pulling {repo_id}"):
         api = HfApi(library_name="timm_ep", library_version=__version__)
         info = _patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
@@ -353,7 +355,7 @@ class Pull:
 
     def run(self) -> Path:
         """Pull, print and return the folder."""
-        _check_repo_id(self.repo_id)
+        _check_target(self.repo_id, self.revision)
         folder = pull(self.repo_id, self.output or Path("hub") / self.repo_id, self.revision)
         print(f'pulled and checked: {folder}\ntimm.create_model("local-dir:{folder}", pretrained=True)')
         return folder
