@@ -110,6 +110,23 @@ def test_a_reference_by_backprop_is_not_called_ep(tmp_path):
     assert "but **not** by Equilibrium" in folder_card(run, "x", "hf-hub:a/x")
 
 
+def test_all_settings_are_published(tmp_path):
+    """Of a run that relies on defaults too: it is to be the same model after a default has changed."""
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_bytes(changed_config(run, model_args={"in_chans": 1, "feedback": 0.37}))
+    prepare(run, tmp_path / "folder", "alice/x")
+    args = json.loads((tmp_path / "folder" / "config.json").read_text())["model_args"]
+    expected = asdict(timm.create_model("ep_vgg5_025", feedback=0.37).settings)
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_curves_without_matplotlib_get_a_message(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install timm_ep\[plots\]"):
+        prepare(make_run(tmp_path / "run"), tmp_path / "folder", "alice/x")
+    assert not (tmp_path / "folder").exists()
+
+
 @pytest.mark.parametrize("wrong", [make_facts(), twin_facts(dataset="digits"), twin_facts(architecture="ep_vgg9")])
 def test_a_twin_is_the_same_net_on_the_same_data(tmp_path, wrong):
     run = make_run(tmp_path / "run")

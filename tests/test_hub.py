@@ -232,6 +232,7 @@ ALWAYS = 1000
         (("POST", "/commit/", {"status": 401}), PermissionError, "refuses the access token"),
         (("POST", "/commit/", {"status": 403}), PermissionError, "may not write there"),
         (("POST", "/commit/", {"status": 409}), OSError, "409"),
+        (("POST", "/commit/", {"status": 400}), OSError, "Bad request for commit endpoint: .*ordered by the test"),
         (("POST", "validate-yaml", {"status": 502, "html": True}), ConnectionError, "what answers is not the Hub"),
     ],
 )

@@ -111,7 +111,10 @@ def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:
             folder.mkdir()
             RunFacts.load(run / RESULTS_NAME).save(folder / RESULTS_NAME)
             _copy_log(run, folder)
-        Plot(Path(temporary), new / CURVES_NAME).run()
+        try:
+            Plot(Path(temporary), new / CURVES_NAME).run()
+        except ModuleNotFoundError as error:
+            raise ValueError("The learning curves need matplotlib: pip install timm_ep[plots]") from error
 
 
 def _copy_log(source: Path, target: Path) -> None:

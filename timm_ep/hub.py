@@ -274,7 +274,8 @@ def _explained(error: BaseException, doing: str) -> OSError:
     if status is not None and status >= 500:
         return ConnectionError(f"{failed}: the Hub has an error of its own ({status}); repeat the command later.")
     if status is not None:
-        return OSError(f"{failed}: {_first_line(error)}")
+        told = getattr(error, "server_message", None) or ""
+        return OSError(" ".join(f"{failed}: {_first_line(error)} {told}".split()))
     if isinstance(error, HTTPError):
         return ConnectionError(f"{failed}: the connection broke ({_first_line(error)}); repeat the command.")
     if isinstance(error, OSError) and error.errno is not None:
