@@ -212,6 +212,10 @@ def test_secrets_are_redacted(monkeypatch, tmp_path):
     facts = make_facts(command=f"timm-ep train --token {SECRET} of-no-known-form")
     facts.save(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["command"] == "timm-ep train --token *** ***"
+    run = make_run(tmp_path / "run")
+    cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
+    (run / "config.json").write_bytes(changed_config(run, pretrained_cfg={**cfg, "license": SECRET}))
+    assert "license: ***" in folder_card(run, "x", "hf-hub:alice/x")
 
 
 # Releases
