@@ -218,6 +218,16 @@ def test_secrets_are_redacted(monkeypatch, tmp_path):
     assert "license: ***" in folder_card(run, "x", "hf-hub:alice/x")
 
 
+def test_the_command_line_strikes_tokens_out_of_errors(tmp_path, capsys):
+    """Of what came by a file of options too, which is not looked through."""
+    (tmp_path / "options.yaml").write_text(f"run_folder: {SECRET}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "--config", str(tmp_path / "options.yaml")])
+    told = capsys.readouterr().err
+    assert "***/results.json does not exist" in told
+    assert SECRET not in told
+
+
 # Releases
 
 
