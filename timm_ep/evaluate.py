@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.data import channel_values, create_loader, image_transform, open_data
 from timm_ep.models import EpVgg
+from timm_ep.repository import load
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts]
 
     Raises:
         FileNotFoundError: not the folder of a finished run.
+        ValueError: a folder that does not pass the checks of `timm_ep.repository`.
     """
     facts = RunFacts.load(Path(run) / RESULTS_NAME)
-    return timm.create_model(f"local-dir:{run}", pretrained=True).to(device).eval(), facts
+    return load(run, facts.architecture).to(device), facts
 
 
 @dataclass

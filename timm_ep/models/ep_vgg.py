@@ -6,6 +6,7 @@ Equilibrium Propagation via Intermediate Error Signals for Deep Convolutional CR
 """
 
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -311,6 +312,27 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Checks weights on timm's way into a model, whatever they were read from, and changes nothing.
+
+    timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
+    random. Shapes are compared by timm itself.
+
+    Raises:
+        ValueError: layers that are missing or not of this model, or values that are NaN or infinite.
+    """
+    found, expected = (
+        {name for name in names if not name.startswith("head.")} for names in (state_dict, model.state_dict())
+    )
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise ValueError(f"The weights are not of this model: missing {missing!s:.200}, unexpected {extra!s:.200}.")
+    for name, value in state_dict.items():
+        if not value.isfinite().all():
+            raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
+    return state_dict
+
+
 def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
     scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[base])
     kwargs = {"architecture": scaled, "feedback": _FEEDBACK[base], **kwargs}
@@ -319,6 +341,7 @@ def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: A
         EpVgg,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
         **kwargs,
     )
@@ -343,10 +366,25 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _shipped(name: str) -> str:
+    """Path of weights that ship with the package; larger ones are named by `hf_hub_id`."""
+    return str(files("timm_ep") / "weights" / f"{name}.safetensors")
+
+
+# A star marks the default of an architecture: its number of classes and channels do not follow from what was released.
 default_cfgs = generate_default_cfgs(
     {
         "ep_vgg5.untrained": _cfg(32),
-        "ep_vgg5_025.untrained": _cfg(32),
+        "ep_vgg5_025.ep_digits": _cfg(
+            32,
+            file=_shipped("ep_vgg5_025.ep_digits"),
+            num_classes=10,
+            input_size=(1, 32, 32),
+            mean=(0.449,),
+            std=(0.226,),
+            label_names=tuple("0123456789"),
+        ),
+        "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.untrained": _cfg(32),
