@@ -22,7 +22,7 @@ from timm_ep import cli
 from timm_ep.cards import Card, RunFacts, folder_card
 from timm_ep.evaluate import Validate
 from timm_ep.export import prepare
-from timm_ep.secrets import redacted
+from timm_ep.redaction import redacted
 
 ROOT = Path(__file__).parent.parent
 RELEASES = sorted((ROOT / "model_cards").iterdir())

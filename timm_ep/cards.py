@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ep.files import replacing
+from timm_ep.redaction import redacted
 from timm_ep.repository import CONFIG_NAME, TEXT_LIMIT, read_config, verify_config
-from timm_ep.secrets import redacted
 
 __all__ = ["CARD_NAME", "CURVES_NAME", "LOG_NAME", "RESULTS_NAME", "TWIN_NAME", "Card", "RunFacts", "render_card"]
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from timm_ep.secrets import holds_secret, redacted
+from timm_ep.redaction import holds_secret, redacted
 
 # Imported only when asked for: help and errors are to be quick.
 COMMANDS = {

@@ -14,8 +14,8 @@ from timm.models import save_for_hf
 from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
 from timm_ep.files import creating
 from timm_ep.plots import Plot
+from timm_ep.redaction import redacted
 from timm_ep.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
-from timm_ep.secrets import redacted
 
 __all__ = ["prepare"]
 

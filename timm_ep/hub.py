@@ -31,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
 from timm_ep.export import prepare
 from timm_ep.files import creating
+from timm_ep.redaction import holds_secret, redacted
 from timm_ep.repository import (
     CONFIG_NAME,
     TEXT_LIMIT,
@@ -39,7 +40,6 @@ from timm_ep.repository import (
     verify_weights,
     weights_limit,
 )
-from timm_ep.secrets import holds_secret, redacted
 from timm_ep.version import __version__
 
 __all__ = ["Publish", "Pull", "publish", "pull"]
