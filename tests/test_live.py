@@ -133,21 +133,26 @@ def test_live_and_frozen_forces_agree_at_small_beta(update, feedback):
         assert_close(ours.grad, other.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_live_nudging_tends_to_bptt_and_the_centered_estimate_faster():
-    """The worst cosine of any parameter, as β falls from the literature's."""
-    exact, (x, y) = classic(gain=0.3, gradient="bptt", free_sweeps=150), make_batch()
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_live_nudging_tends_to_bptt_and_the_centered_estimate_faster(pool):
+    """The worst cosine of any parameter, as β falls from the literature's.
+
+    Under max pooling it need not rise all the way: a nudge that changes winners finds another piece of the energy.
+    """
+    exact, (x, y) = classic(gain=0.3, pool=pool, gradient="bptt", free_sweeps=150), make_batch()
     F.cross_entropy(exact(x), y).backward()
     worst = {}
     for nudging in ("one-sided", "centered"):
         for beta in (1.0, 0.1, 0.01):
-            model = classic(gain=0.3, beta=beta, nudging=nudging, free_sweeps=150, nudged_sweeps=50)
+            model = classic(gain=0.3, pool=pool, beta=beta, nudging=nudging, free_sweeps=150, nudged_sweeps=50)
             ours = parameter_gradients(model, "cross-entropy", x, y)
             pairs = zip(ours.parameters(), exact.parameters(), strict=True)
             worst[nudging, beta] = min(F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0) for a, b in pairs)
     for nudging in ("one-sided", "centered"):
-        assert worst[nudging, 1.0] < worst[nudging, 0.1] < worst[nudging, 0.01]
-    assert worst["centered", 0.1] > worst["one-sided", 0.1]
-    assert worst["centered", 0.01] > 0.999
+        assert pool == "max" or worst[nudging, 1.0] < worst[nudging, 0.1] < worst[nudging, 0.01]
+        assert worst[nudging, 0.01] > 0.999
+    for beta in (1.0, 0.1):
+        assert worst["centered", beta] > worst["one-sided", beta]
 
 
 def test_the_gradient_of_the_image_is_that_of_bptt():
