@@ -14,10 +14,12 @@ from torch.testing import assert_close
 
 from timm_ep import EpVgg, Settings
 from timm_ep.dynamics import coordinate_scales, free_phase, nudged_phase, nudged_states, phase_at
+from timm_ep.evaluate import Predict, Validate
 from timm_ep.losses import SquaredError, readout_criterion
 from timm_ep.settings import PRESETS
 from timm_ep.signals import LocalErrors
 from timm_ep.task import EpTask
+from timm_ep.trainer import Trainer
 
 ARCHITECTURES = {2: (4, "M", 5, "M"), 3: (4, "M", 5, 6, "M"), 4: (4, "M", 5, 5, "M", 6, "M")}
 LOSSES = {
@@ -367,3 +369,33 @@ def test_squared_error_is_half_the_squared_distance():
         readout_criterion(model, "hinge")
     with pytest.raises(ValueError, match=r"smoothing=0\.1"):
         readout_criterion(model, smoothing=0.1)
+
+
+@pytest.mark.parametrize("readout", ["head", "state"])
+def test_the_trainer_takes_the_live_path_and_saves_the_same_net(readout, tmp_path, monkeypatch):
+    """`model_args={"preset": "classic"}` is all it needs; the folder holds every setting, whatever the presets become."""
+    calls = []
+    real = EpVgg.live_loss
+    monkeypatch.setattr(EpVgg, "live_loss", lambda *args: calls.append(args) or real(*args))
+    steps = {"free_sweeps": 8, "nudged_sweeps": 4, "beta": 0.5}
+    options = {"train_images": 128, "epochs": 1, "batch_size": 32, "local_error": 0.1, "quiet": True}
+    facts = Trainer(output=tmp_path, model_args={"preset": "classic", "readout": readout, **steps}, **options).run()
+    assert len(calls) == 4
+    assert facts.settings == dataclasses.asdict(Settings(**{**PRESETS["classic"], **steps}))
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert {key: args[key] for key in facts.settings} == facts.settings
+    monkeypatch.setitem(PRESETS, "classic", {})
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.settings == Settings(**facts.settings)
+    assert model.readout == readout
+    assert Validate(tmp_path).run().top1 == facts.top1
+    assert 0 <= Predict(tmp_path, top=1).run()[0][0][1] <= 1
+
+
+def test_squared_error_trains_an_output_inside_the_dynamics(tmp_path):
+    """By live EP; chance is 10 %."""
+    model_args = {"readout": "state", "forces": "live", "beta": 0.5, "feedback": 0.3}
+    facts = Trainer(output=tmp_path, model_args=model_args, train_images=640, epochs=3, quiet=True).run()
+    assert facts.top1 > 40
+    with pytest.raises(ValueError, match="smoothing=0.1 is of cross-entropy"):
+        Trainer(output=tmp_path, model_args=model_args, smoothing=0.1, train_images=64).run()

@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": ("timm_ep.evaluate", "Predict"),
     "plot": ("timm_ep.plots", "Plot"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
+    "cost": ("timm_ep.cost", "Cost"),
 }
 
 

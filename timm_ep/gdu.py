@@ -74,6 +74,8 @@ def step_check(
 ) -> StepChecks:
     """Compare EP with BPTT step by step, in float64, so that rounding has no part in it.
 
+    Holds about four times `steps` copies of the kernels at once, in 8 bytes a weight.
+
     The settings are the model's, β, forces and nudging too; only the update is synchronous.
 
     Args:

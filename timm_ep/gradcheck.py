@@ -213,7 +213,7 @@ def _print_report(report: Report) -> None:
 
 
 def _print_steps(checks: StepChecks) -> None:
-    """Per layer: all differences over all of BPTT, and the step with the lowest cosine."""
+    """Per layer: the sum of the differences over that of BPTT's norms, and the step with the lowest cosine."""
     print(f"step by step (relative change {checks.residual:.1e} per synchronous free step):")
     for layer in sorted({row.layer for row in checks.rows}):
         rows = [row for row in checks.rows if row.layer == layer and not math.isnan(row.cosine)]
@@ -222,9 +222,7 @@ def _print_steps(checks: StepChecks) -> None:
             continue
         worst = min(rows, key=lambda row: row.cosine)
         error = sum(row.difference for row in rows) / sum(row.bptt_norm for row in rows)
-        print(
-            f"layer {layer:2d}: relative difference {error:.1e}, worst cosine {worst.cosine:.4f} in step {worst.step}"
-        )
+        print(f"layer {layer:2d}: difference {error:.1e}, lowest cosine {worst.cosine:.4f} (step {worst.step})")
 
 
 def _print_table(over: str, reports: list[Report]) -> None:

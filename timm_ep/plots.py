@@ -1,4 +1,4 @@
-"""Figures of runs and of gradient checks, with matplotlib (`pip install timm_ep[plots]`)."""
+"""Figures of runs, gradient checks and costs, with matplotlib (`pip install timm_ep[plots]`)."""
 
 import csv
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
+from timm_ep.cost import StepCost
 from timm_ep.files import replacing
 from timm_ep.gradcheck import Report
 
@@ -142,3 +143,26 @@ def _layer_bar(figure: Any, axis: Any, depth: int) -> None:
 def _save(figure: Any, output: Path) -> None:
     with replacing(output) as temporary:
         figure.savefig(temporary, format=output.suffix.lstrip(".") or "png")
+
+
+def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
+    """Memory and time of a training step over the number of sweeps, EP beside BPTT.
+
+    Args:
+        costs: of both gradients.
+        title: the model's name.
+        output: the picture; its suffix chooses the format.
+    """
+    figure, axes = _figure(2)
+    for gradient, label in {"ep": "EP", "bptt": "BPTT"}.items():
+        rows = [cost for cost in costs if cost.gradient == gradient]
+        sweeps = [row.sweeps for row in rows]
+        axes[0].plot(sweeps, [row.megabytes for row in rows], ".-", label=label)
+        axes[1].plot(sweeps, [row.seconds for row in rows], ".-", label=label)
+    for axis, quantity in zip(axes, ("peak memory of a training step, MB", "time of a training step, s"), strict=True):
+        axis.set(xlabel="T: free sweeps, and nudged ones", ylabel=quantity, xscale="log", yscale="log")
+        axis.set_xticks(sweeps, [str(value) for value in sweeps])
+        axis.minorticks_off()
+        axis.legend()
+    figure.suptitle(title, fontsize="medium")
+    _save(figure, output)
