@@ -119,7 +119,8 @@ class EpVgg(nn.Module):
         readout: `head`: the read-out is outside the dynamics, and only its loss nudges. `state`: the output is one more
             state layer, in [0, 1], that settles and feeds back with the others, coupled linearly to the average of the
             last convolution's state; `forward` returns it. It is made for the squared error (`SquaredError` in
-            `timm_ep.losses`), whose force pulls it towards the one-hot label.
+            `timm_ep.losses`), whose force pulls it towards the one-hot label. Train it with a small learning rate: an
+            output that falls to 0 for all images is held there, out of reach of a small nudge.
         device: of the parameters.
         dtype: of the parameters.
         **settings: fields of `timm_ep.settings.Settings`, with their reasons there; they override the preset.
@@ -185,6 +186,7 @@ class EpVgg(nn.Module):
         self.num_features = self.head_hidden_size = below
         # Last, because adaptive gradient clipping leaves out the last two parameters.
         self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self._center_output()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -209,6 +211,7 @@ class EpVgg(nn.Module):
         self._check_readout(global_pool if num_classes and global_pool is not None else "avg", self.drop_rate)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self._center_output()
         self.head_hidden_size = self.head.num_features
 
     def _check_readout(self, global_pool: str, drop_rate: float) -> None:
@@ -217,6 +220,11 @@ class EpVgg(nn.Module):
                 f"readout='state' is part of the energy: it needs global_pool='avg' and drop_rate=0; got "
                 f"global_pool={global_pool!r} and drop_rate={drop_rate}."
             )
+
+    def _center_output(self) -> None:
+        """Start an output state in the middle of its range: one held at 0 for all images would never learn."""
+        if self._output_settles:
+            nn.init.constant_(self.head.fc.bias, 0.5)
 
     @property
     def _output_settles(self) -> bool:
@@ -395,7 +403,7 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def _create(variant: str, architecture: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+def _create(variant: str, architecture: str, width: float, pretrained: bool, /, **kwargs: Any) -> EpVgg:
     scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
     kwargs = {"architecture": scaled, **kwargs}
     if kwargs.get("preset", "fast") == "fast":
