@@ -96,10 +96,11 @@ def draw_cosines(reports: Sequence[Report], over: str, output: Path) -> None:
     figure, (axis,) = _figure(1)
     if over == "model":
         for report in reports:
-            label = f"{report.model} (residual {report.residual:.0e})"
+            label = f"{Path(report.model).name}, relative change per sweep {report.residual:.0e}"
             axis.plot([row.layer for row in report.layers], [row.cosine for row in report.layers], ".-", label=label)
         axis.set(xlabel="layer")
-        axis.legend(fontsize="small")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", fontsize="small")
     else:
         depth = len(reports[0].layers)
         values = [report.settings[over] for report in reports]
