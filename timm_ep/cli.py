@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("timm_ep.evaluate", "Validate"),
     "predict": ("timm_ep.evaluate", "Predict"),
     "plot": ("timm_ep.plots", "Plot"),
+    "study": ("timm_ep.study", "Study"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
     "cost": ("timm_ep.cost", "Cost"),
 }

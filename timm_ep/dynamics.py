@@ -208,7 +208,8 @@ def nudged_phase(
     forces: Sequence[Tensor | None] | Forces,
     settings: Settings,
     beta: float,
-    trace: Callable[[NudgedPhase], None] | None = None,
+    trace: Trace | None = None,
+    watch: Callable[[NudgedPhase], None] | None = None,
 ) -> NudgedPhase:
     """Settle from the free equilibrium under the forces −β λ^(N−l) g_l.
 
@@ -226,7 +227,8 @@ def nudged_phase(
             by its own state only, so that this is the newest force in every order of update.
         settings: the sweeps, their order and λ.
         beta: nudging strength, with sign.
-        trace: receives the phase after each sweep; it moves on, so take what is to be kept.
+        trace: receives the relative change of every d_l in each sweep.
+        watch: receives the phase after each sweep; it moves on, so take what is to be kept.
 
     Returns:
         d_l and drives per layer. Zero forces give None or exact zeros.
@@ -237,6 +239,7 @@ def nudged_phase(
     rises: list[Tensor | None] = [None] * depth  # what comes from below,
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
     for sweep in range(settings.nudged_sweeps):
+        before = list(phase.deltas)
         pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
         for group in update_groups(settings.update, depth, sweep):
             for layer in group:
@@ -259,7 +262,9 @@ def nudged_phase(
                 if layer + 1 < depth:
                     rises[layer + 1] = None
         if trace:
-            trace(phase)
+            trace(_delta_changes(phase.deltas, before))
+        if watch:
+            watch(phase)
     return phase
 
 
@@ -333,3 +338,11 @@ def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: l
     state = free.states[layer]
     moved = nudged.route(state) - at_rest.route(state)
     return nudged.route(delta).add_(moved, alpha=scales[layer])
+
+
+def _delta_changes(new: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor]:
+    pairs = [
+        (torch.zeros(1), torch.zeros(1)) if a is None else (a, torch.zeros_like(a) if b is None else b)
+        for a, b in zip(new, old, strict=True)
+    ]
+    return relative_changes(*zip(*pairs, strict=True))

@@ -107,6 +107,16 @@ class _Equilibrium(torch.autograd.Function):
 _NO_DRIVE: tuple[None, None, None] = (None, None, None)
 
 
+def normalised_forces(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """∂L/∂s_l over their largest magnitude, which is returned too (1 where all are 0), in channels-last format."""
+    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest)
+    forces = [
+        None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
+    ]
+    return forces, scale
+
+
 def ep_gradient(
     net: Net,
     x: Tensor,
@@ -129,7 +139,7 @@ def ep_gradient(
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    forces, scale = normalised(grads)
+    forces, scale = normalised_forces(grads)
     estimates = [
         contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed)
         for beta in nudging_strengths(settings)
@@ -138,16 +148,6 @@ def ep_gradient(
         None if parts[0] is None else torch.stack(parts).mean(0).mul_(scale.to(parts[0].dtype))
         for parts in zip(*estimates, strict=True)
     ]
-
-
-def normalised(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients over their largest magnitude, and that magnitude (1 where all are zero)."""
-    largest = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest)
-    forces = [
-        None if g is None else (g / scale.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
-    ]
-    return forces, scale
 
 
 def contrast(

@@ -29,7 +29,7 @@ from timm_ep.dynamics import (
     relative_changes,
 )
 from timm_ep.energy import Net
-from timm_ep.equilibrium import contrast, normalised
+from timm_ep.equilibrium import contrast, normalised_forces
 from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
 
@@ -161,7 +161,7 @@ def _ep_updates(
         with torch.enable_grad():
             return [g * len(x) for g in _loss_gradient(model, criterion, at, labels)]
 
-    frozen, scale = normalised(live(states))
+    frozen, scale = normalised_forces(live(states))
     forces, unit = (live, len(x)) if settings.forces == "live" else (frozen, len(x) / scale.item())
     sums: list[list[Tensor]] = [[torch.zeros_like(kernel) for kernel in net.kernels] for _ in range(steps + 1)]
     strengths = nudging_strengths(settings)
@@ -175,5 +175,5 @@ def _ep_updates(
                 if part is not None:
                     total.add_(part, alpha=1 / (unit * len(strengths)))
 
-        nudged_phase(net, free, forces, settings, beta, trace=record)
+        nudged_phase(net, free, forces, settings, beta, watch=record)
     return [[new - old for new, old in zip(*pair, strict=True)] for pair in zip(sums[1:], sums[:-1], strict=True)]

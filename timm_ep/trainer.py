@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.data import DataSource, channel_values, create_loader, image_transform, limit, open_data
+from timm_ep.diagnostics import diagnose
 from timm_ep.evaluate import evaluate
 from timm_ep.files import replacing
 from timm_ep.losses import readout_criterion
@@ -40,8 +41,8 @@ class Trainer:
 
     Args:
         model: name in timm's registry; an `ep_vgg*`, or any other, trained by its own backward pass.
-        output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), summary.csv,
-            results.json.
+        output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), summary.csv
+            (by epoch), layers.csv and settling.csv (by epoch and layer, see `timm_ep.diagnostics`), results.json.
         dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`) or `torch/NAME`.
         data_dir: where the images are.
         model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
@@ -156,7 +157,9 @@ class Trainer:
 
         task = self._create_task(model, data, mean, std)
         started = time.monotonic()
-        rows = list(self._epochs(task, loader))
+        layers: list[dict[str, Any]] = []
+        settling: list[dict[str, Any]] = []
+        rows = list(self._epochs(task, loader, layers, settling))
         seconds = time.monotonic() - started
         tested = evaluate(model, create_loader(data.test, 256, workers=self.workers), self.device)
         rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
@@ -181,7 +184,8 @@ class Trainer:
             },
             teacher=self.teacher,
         )
-        self._save(model, data, (data.channels, size, size), mean, std, rows, facts)
+        tables = {"summary": rows, "layers": layers, "settling": settling}
+        self._save(model, data, (data.channels, size, size), mean, std, tables, facts)
         print(
             f"saved to {self.output}\naccuracy: {facts.top1:.1f} % ({facts.architecture}, {seconds:.0f} s of training)"
         )
@@ -216,7 +220,13 @@ class Trainer:
             device=torch.device(self.device),
         )
 
-    def _epochs(self, task: EpTask, loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
+    def _epochs(
+        self,
+        task: EpTask,
+        loader: DataLoader[Any],
+        layers: list[dict[str, Any]],
+        settling: list[dict[str, Any]],
+    ) -> Iterator[dict[str, Any]]:
         model, trained = task.model, task.get_trainable_module()
         optimizer = create_optimizer_v2(trained, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
         scheduler, _ = create_scheduler_v2(
@@ -275,6 +285,10 @@ class Trainer:
                     f"residual {residual:.1e}, {row['seconds']:.1f} s",
                     flush=True,
                 )
+            if isinstance(model, EpVgg):
+                found = diagnose(task, images, labels)  # on the last batch of the epoch
+                layers += [{"epoch": epoch, **dataclasses.asdict(one)} for one in found.layers]
+                settling += [{"epoch": epoch, **dataclasses.asdict(one)} for one in found.settling]
             yield row
 
     def _save(
@@ -284,7 +298,7 @@ class Trainer:
         input_size: tuple[int, int, int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        rows: list[dict[str, Any]],
+        tables: dict[str, list[dict[str, Any]]],
         facts: RunFacts,
     ) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -302,8 +316,10 @@ class Trainer:
             for name in ("model.safetensors", "config.json"):
                 with replacing(self.output / name) as temporary:
                     temporary.write_bytes((Path(folder) / name).read_bytes())
-        with replacing(self.output / "summary.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        for table, rows in tables.items():
+            if rows:
+                with replacing(self.output / f"{table}.csv") as temporary, temporary.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0].keys())
+                    writer.writeheader()
+                    writer.writerows(rows)
         facts.save(self.output / RESULTS_NAME)

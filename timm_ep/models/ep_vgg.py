@@ -403,11 +403,11 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def _create(variant: str, architecture: str, width: float, pretrained: bool, /, **kwargs: Any) -> EpVgg:
-    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
+def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[base])
     kwargs = {"architecture": scaled, **kwargs}
     if kwargs.get("preset", "fast") == "fast":
-        kwargs.setdefault("feedback", _FEEDBACK[architecture])
+        kwargs.setdefault("feedback", _FEEDBACK[base])
     resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
     return build_model_with_cfg(
         EpVgg,
