@@ -163,7 +163,7 @@ def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
     for axis, quantity in zip(axes, ("peak memory of a training step, MB", "time of a training step, s"), strict=True):
         axis.set(xlabel="T: free sweeps, and nudged ones", ylabel=quantity, xscale="log", yscale="log")
         axis.set_xticks(sweeps, [str(value) for value in sweeps])
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         axis.legend()
     figure.suptitle(title, fontsize="medium")
     _save(figure, output)
