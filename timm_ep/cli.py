@@ -17,6 +17,7 @@ COMMANDS = {
     "plot": ("timm_ep.plots", "Plot"),
     "study": ("timm_ep.study", "Study"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
+    "cost": ("timm_ep.cost", "Cost"),
     "card": ("timm_ep.cards", "Card"),
     "publish": ("timm_ep.hub", "Publish"),
     "pull": ("timm_ep.hub", "Pull"),

@@ -87,8 +87,9 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
 
     settling: list[Settling] = []
     with torch.no_grad():
-        net, settings, depth = model.net(), model.settings, len(model.layers)
+        net, settings = model.net((images.shape[-2], images.shape[-1])), model.settings
         free = free_phase(net, images, settings, trace=_Recorder("free", settling))
+    depth = len(free.states)
     states = [state.detach().requires_grad_() for state in free.states]
     grads = torch.autograd.grad(task.losses(states, target, taught)["loss"], states, allow_unused=True)
     forces, _ = normalised_forces(grads)
@@ -103,7 +104,10 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
 
     last = {(one.phase, one.layer): one.residual for one in settling}  # later sweeps replace earlier ones
     rows = []
-    for layer, (state, delta) in enumerate(zip(free.states, nudged.deltas, strict=True), 1):
+    convolutions = len(model.layers)  # an output inside the dynamics is no row of its own
+    for layer, (state, delta) in enumerate(
+        zip(free.states[:convolutions], nudged.deltas[:convolutions], strict=True), 1
+    ):
         scaled = 0.0 if delta is None else float(delta.double().square().mean().sqrt())
         rows.append(
             LayerDiagnosis(

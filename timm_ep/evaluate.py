@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.data import channel_values, create_loader, image_transform, open_data
+from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
 from timm_ep.repository import load
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, accuracies in percent (top5 None with five classes or fewer), feedback share."""
+    """Mean loss (cross-entropy in nats; squared error of a read-out inside the dynamics), accuracies in percent (top5
+    None with five classes or fewer), feedback share."""
 
     loss: float
     top1: float
@@ -32,14 +33,14 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: 
     """Test a model in eval mode, as it is (its mode is restored); `loader` yields images and labels."""
     was_training = model.training
     model.eval()
-    loss, hits, hits5, seen, share, classes = 0.0, 0, 0, 0, None, 0
+    criterion, loss, hits, hits5, seen, share, classes = readout_criterion(model), 0.0, 0, 0, 0, None, 0
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         if not seen and isinstance(model, EpVgg) and model.gradient != "backprop":
             share = feedback_share(model, images[:64])
         logits = model(images).float()
         classes = logits.shape[1]
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        loss += criterion(logits, labels).item() * len(labels)
         ranked = logits.topk(min(5, classes)).indices == labels[:, None]
         hits += int(ranked[:, 0].sum())
         hits5 += int(ranked.any(1).sum())
@@ -115,7 +116,9 @@ class Predict:
         answers = []
         for title, image in self._open(facts):
             with torch.inference_mode():
-                probabilities = model(transform(image)[None]).softmax(1)[0]
+                output = model(transform(image)[None])[0]
+            # An output state that squared error pulls to one-hot labels is a probability already.
+            probabilities = output if getattr(model, "readout", "head") == "state" else output.softmax(0)
             values, indices = probabilities.topk(min(self.top, len(names)))
             answer = [(names[i], p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
             print(f"{title}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))

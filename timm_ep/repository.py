@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from timm_ep.dynamics import SETTING_NAMES
 from timm_ep.models import EpVgg
+from timm_ep.settings import SETTING_NAMES
 
 __all__ = [
     "CONFIG_NAME",

@@ -26,6 +26,7 @@ from timm_ep.data import DataSource, channel_values, create_loader, image_transf
 from timm_ep.diagnostics import diagnose
 from timm_ep.evaluate import evaluate
 from timm_ep.files import replacing
+from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
 from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
 from timm_ep.task import EpTask
@@ -44,7 +45,8 @@ class Trainer:
             (by epoch), layers.csv and settling.csv (by epoch and layer, see `timm_ep.diagnostics`), results.json.
         dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`) or `torch/NAME`.
         data_dir: where the images are.
-        model_args: further arguments of the model, such as `feedback` or `free_sweeps`.
+        model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
+            by the literature's algorithm, live forces included.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
             twin). Only for `ep_vgg*`.
         local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
@@ -64,7 +66,9 @@ class Trainer:
         lr: peak learning rate; follows a cosine to zero after the warmup.
         weight_decay: on kernels and the classifier, not on gains and biases.
         warmup_epochs: of linearly rising learning rate.
-        smoothing: label smoothing.
+        criterion: `cross-entropy` or `squared-error` of the output; by default squared error for a read-out inside the
+            dynamics (`model_args={"readout": "state"}`), else cross-entropy.
+        smoothing: label smoothing, for cross-entropy.
         clip_norm: clip the gradient to this norm; none by default.
         augment: `none`, `crop` or `flip-crop`.
         img_size: side of the images in pixels; by default the model's.
@@ -96,6 +100,7 @@ class Trainer:
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup_epochs: int = 1
+    criterion: Literal["cross-entropy", "squared-error"] | None = None
     smoothing: float = 0.0
     clip_norm: float | None = None
     augment: Literal["none", "crop", "flip-crop"] = "none"
@@ -212,7 +217,7 @@ class Trainer:
             features,
             logits,
             teacher,
-            criterion_kwargs={"smoothing": self.smoothing},
+            criterion=readout_criterion(model, self.criterion, smoothing=self.smoothing),
             device=torch.device(self.device),
         )
 
