@@ -17,9 +17,9 @@ from runs import Bomb, changed_config, changed_weights, make_facts, make_run, pi
 from safetensors.torch import load_file, save, save_file
 
 from timm_ep import EpVgg
-from timm_ep.dynamics import SETTING_NAMES
 from timm_ep.evaluate import Predict, Validate, load_run
 from timm_ep.repository import load, read_config, verify, verify_config, verify_weights
+from timm_ep.settings import SETTING_NAMES
 
 EXAMPLES = int(os.environ.get("TIMM_EP_FUZZ", "200"))  # of each fuzz test
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from timm_ep.cards import RunFacts
-from timm_ep.dynamics import Settings
+from timm_ep.settings import Settings
 from timm_ep.study import Study
 
 
