@@ -27,6 +27,12 @@ class Reference:
     pooled: list[bool]
     pool: str = "avg"
     feedback: float = 1.0
+    readout: tuple[Tensor, Tensor] | None = None  # weight (classes, channels), bias: one more layer, fully connected
+
+    def __post_init__(self) -> None:
+        if self.readout is not None:
+            self.kernels, self.biases = [*self.kernels, self.readout[0]], [*self.biases, self.readout[1]]
+            self.pooled = [*self.pooled, False]
 
     @classmethod
     def of(cls, model, **kwargs) -> "Reference":
@@ -36,7 +42,10 @@ class Reference:
         return cls(kernels, biases, model.pooled, model.pool, model.feedback, **kwargs)
 
     def drive(self, layer: int, below: Tensor, kernels=None, biases=None) -> Tensor:
-        out = F.conv2d(below, (kernels or self.kernels)[layer], (biases or self.biases)[layer], padding=1)
+        kernel, bias = (kernels or self.kernels)[layer], (biases or self.biases)[layer]
+        if kernel.dim() == 2:
+            return F.linear(below.mean((2, 3)), kernel, bias)[:, :, None, None]
+        out = F.conv2d(below, kernel, bias, padding=1)
         if not self.pooled[layer]:
             return out
         return F.max_pool2d(out, 2) if self.pool == "max" else F.avg_pool2d(out, 2)
@@ -84,3 +93,50 @@ class Reference:
         total = (self.phi(x, free, kernels, biases).sum() - self.phi(x, nudged, kernels, biases).sum()) / beta
         grads = torch.autograd.grad(total, [*kernels, *biases])
         return list(grads[: len(kernels)]), list(grads[len(kernels) :])
+
+
+@dataclass
+class Classic:
+    """The published algorithm with its two read-outs, on a `Reference`: zero start, synchronous steps, live nudging.
+
+    Sums over the batch; the estimates are divided by its size, so they are of the mean loss.
+
+    Attributes:
+        net: with `feedback` 1.
+        loss: of outputs and labels, a value per sample.
+        weight: of a linear read-out of the last state outside the dynamics, (classes, channels). Without it the output
+            is itself the last state, that of the net's `readout`.
+        bias: of the read-out.
+    """
+
+    net: Reference
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def objective(self, states: Sequence[Tensor], target: Tensor, weight=None, bias=None) -> Tensor:
+        """Σ_i L_i."""
+        if self.weight is None:
+            return self.loss(states[-1].flatten(1), target).sum()
+        features = states[-1].mean((2, 3))
+        logits = features @ (self.weight if weight is None else weight).T + (self.bias if bias is None else bias)
+        return self.loss(logits, target).sum()
+
+    def gradients(self, x, target, free_steps: int, nudged_steps: int, betas: Sequence[float]):
+        """The free states, the nudged states for every β, and the mean over β of (1/β) [∂F(s^β) − ∂F(s^0)] / batch.
+
+        The last is a list: all kernels, all biases, and the read-out's weight and bias where it is outside.
+        """
+        free = self.net.settle(x, steps=free_steps)
+        trajectories, estimates = [], []
+        for beta in betas:
+            nudged = self.net.settle(x, free, nudged_steps, beta, lambda states: self.objective(states, target))
+            trajectories.append(nudged)
+            kernels, biases = self.net.contrast(x, nudged, free, beta)
+            readout = []
+            if self.weight is not None:
+                leaves = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
+                readout = list(torch.autograd.grad(self.objective(nudged, target, *leaves), leaves))
+            estimates.append([*kernels, *biases, *readout])
+        means = [sum(parts) / len(parts) / len(x) for parts in zip(*estimates, strict=True)]
+        return free, trajectories, means

@@ -246,3 +246,21 @@ def test_reducing_the_loss_by_plain_gradient_descent():
         loss.backward()
         optimizer.step()
     assert losses == sorted(losses, reverse=True)
+
+
+def test_initial_gains_can_be_scaled_and_fixed():
+    """The kernel in use is proportional to the gain, so a factor on the gains is one on every kernel."""
+    kernels = []
+    for factor in (1.0, 0.25):
+        torch.manual_seed(0)
+        model = timm.create_model("ep_vgg5_025", init_gain=factor, learn_gain=factor == 1)
+        kernels.append(model.net().kernels)
+        assert {p.requires_grad for name, p in model.named_parameters() if name.endswith("gain")} == {factor == 1}
+    for plain, scaled in zip(*kernels, strict=True):
+        assert_close(scaled, 0.25 * plain)
+
+
+def test_registered_names_take_another_architecture():
+    model = timm.create_model("ep_vgg16_025", architecture=[4, "M", 5, 6, "M"], features_only=True)
+    assert model.feature_info.channels() == [5, 6]
+    assert [f.shape[1:] for f in model(torch.rand(2, 3, 16, 16))] == [(5, 8, 8), (6, 4, 4)]

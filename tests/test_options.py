@@ -183,8 +183,9 @@ def test_the_teacher_is_asked_once_for_each_image_and_its_answers_are_its_own(tm
     monkeypatch.setattr(loop.EpTask, "forward", checking)
     options = {**OPTIONS, "epochs": 2, "teacher": str(teacher_run), "distill_logits": 0.5, "distill_features": 0.1}
     facts = Trainer(**options, cache_teacher=True, val_split=0.25, output=tmp_path / "student").run()
-    assert sum(asked) == facts.n_train == 96
-    assert sum(checked) == 192
+    assert asked[0] == facts.n_train == 96
+    assert asked[1:] == [16, 16]  # the images on which the layers are measured after each epoch
+    assert sum(checked) == 192 + 2 * 16
     assert facts.signals == {"distill_features": 0.1, "distill_logits": 0.5}
 
 

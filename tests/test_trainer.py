@@ -42,6 +42,8 @@ def test_a_run_learns_and_writes_what_timm_loads(run):
         "summary.csv",
         "results.json",
         "args.yaml",
+        "layers.csv",
+        "settling.csv",
         "curves.png",
         "checkpoints",
     }

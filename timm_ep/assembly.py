@@ -9,6 +9,7 @@ from timm.data import Mixup, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Subset
 
 from timm_ep.checkpoints import CheckpointStore
@@ -26,6 +27,7 @@ from timm_ep.distributed import World
 from timm_ep.loader import EpochOrder, Samples, augmentation, training_loader
 from timm_ep.logs import RunLog
 from timm_ep.loop import Progress, TrainingLoop
+from timm_ep.losses import readout_criterion
 from timm_ep.options import TrainingOptions
 from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
 from timm_ep.task import EpTask
@@ -197,6 +199,7 @@ def create_loop(
         mixup=_create_mixup(options, len(images.source.classes)) if options.mixes else None,
         cache=cache,
         identity=identity,
+        probe=_probe(options, images),
     )
     if state:
         loop.restore(state)
@@ -227,14 +230,14 @@ def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, 
         if options.distill_features:
             features = FeatureDistillation(model, teacher, options.distill_features, **options.distill_features_args)
         if options.distill_logits:
-            logits = LogitDistillation(options.distill_logits, options.temperature)
+            logits = LogitDistillation(model, options.distill_logits, **options.distill_logits_args)
     task = EpTask(
         model,
         local_errors,
         features,
         logits,
         teacher,
-        criterion_kwargs={"smoothing": options.smoothing, "soft_targets": options.mixes},
+        criterion=readout_criterion(model, options.criterion, smoothing=options.smoothing, soft_targets=options.mixes),
         device=world.device,
     )
     return task.to(world.device)
@@ -247,6 +250,13 @@ def _fill_cache(options: TrainingOptions, teacher: Teacher, images: RunImages, w
         cache(batch.to(world.device), torch.arange(first, first + len(batch)))
         first += len(batch)
     return cache
+
+
+def _probe(options: TrainingOptions, images: RunImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first training images, as many as a batch, with targets as the criterion takes them."""
+    few = Subset(images.train, range(min(options.batch_size, len(images.train))))
+    pictures, labels = next(iter(plain_loader(options, few, images)))
+    return pictures, one_hot(labels, len(images.source.classes)).float() if options.mixes else labels
 
 
 def plain_loader(

@@ -1,15 +1,16 @@
 """`timm-ep COMMAND …`: each command is a dataclass whose fields are its options and whose `run` does the work."""
 
+import dataclasses
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from timm_ep.redaction import holds_secret, redacted
 
 # Imported only when asked for: help and errors are to be quick.
 COMMANDS = {
@@ -17,7 +18,12 @@ COMMANDS = {
     "validate": ("timm_ep.evaluate", "Validate"),
     "predict": ("timm_ep.predict", "Predict"),
     "plot": ("timm_ep.plots", "Plot"),
+    "study": ("timm_ep.study", "Study"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
+    "cost": ("timm_ep.cost", "Cost"),
+    "card": ("timm_ep.cards", "Card"),
+    "publish": ("timm_ep.hub", "Publish"),
+    "pull": ("timm_ep.hub", "Pull"),
 }
 
 _USAGE = f"""usage: timm-ep {{{",".join(COMMANDS)}}} …
@@ -36,17 +42,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *options = words
     if name == "run":
         return run_script(options)
+    if any(map(holds_secret, options)):
+        message = "an option holds an access token or a password, which would end in logs and in the shell's history"
+        sys.stderr.write(f"timm-ep {name}: error: {message}; log in with `hf auth login` or set HF_TOKEN.\n")
+        sys.exit(2)
     module, command = COMMANDS[name]
     kind = getattr(import_module(module), command)
     parser = ArgumentParser(prog=f"timm-ep {name}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; others override it")
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
-    config = parser.parse_args(_switched([_underscored(option) for option in options], kind))
+    flags = {option.name for option in dataclasses.fields(kind) if option.type is bool}
+    config = parser.parse_args(_with_values([_underscored(option) for option in options], flags))
     del config["config"]
     try:
         kind(**vars(parser.instantiate(config))).run()
     except (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
-        parser.exit(2, f"timm-ep {name}: error: {error}\n")
+        parser.exit(2, f"timm-ep {name}: error: {redacted(str(error))}\n")
 
 
 def run_script(words: Sequence[str]) -> None:
@@ -77,11 +88,9 @@ def _underscored(option: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else option
 
 
-def _switched(words: list[str], kind: Any) -> list[str]:
-    """`--resume` alone is `--resume=true`."""
-    switches = {f"--{option.name}" for option in fields(kind) if option.type is bool}
-    following = [*words[1:], ""]
+def _with_values(options: list[str], flags: set[str]) -> list[str]:
+    """A flag alone is a flag set: `--quiet` is `--quiet=true`."""
     return [
-        f"{word}=true" if word in switches and after.lower() not in ("true", "false", "yes", "no") else word
-        for word, after in zip(words, following, strict=True)
+        f"{option}=true" if option.removeprefix("--") in flags and following not in ("true", "false") else option
+        for option, following in zip(options, [*options[1:], ""], strict=True)
     ]

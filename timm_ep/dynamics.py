@@ -1,4 +1,4 @@
-"""How states settle: the settings, the free phase, the nudged phase.
+"""How states settle: the free phase and the nudged phase.
 
 A state at rest satisfies s_l = clip(u_l, 0, 1) with the pre-activation
 
@@ -16,81 +16,15 @@ costs one product per layer and carries news across the whole net.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timm_ep.energy import Drive, Net, max_pool
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a net settles and how its gradient is taken. Every field is a constructor argument and attribute of a model.
-
-    Attributes:
-        feedback: λ ≥ 0, the gain of the feedback. Weak feedback keeps deep nets well inside the range where they
-            settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
-        free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
-            account for feedback to first order in λ, and every further pair for one order more.
-        nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
-            layer to the first, two more (up, then down) add the first order in λ.
-        beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
-            estimate has a bias of order β and the difference form loses nothing at small β. Negative nudges away.
-        tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
-            this. 0 runs all sweeps and never waits for the device.
-        nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `centered`: (∂E(β) − ∂E(−β))/2β, twice the cost and a bias of order β²
-            (Laborieux et al. 2021).
-        update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
-            halves. `synchronous`: all at once, the literature's.
-        start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
-            `zero`: the literature's.
-        pool: `avg`: linear, so that every layer update is an exact minimisation of the energy, and cheaper (it is
-            folded into the kernel). `max`: the literature's.
-        gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
-            the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
-
-    Raises:
-        TypeError: a value of another type.
-        ValueError: a value outside of these.
-    """
-
-    feedback: float = 0.02
-    free_sweeps: int = 4
-    nudged_sweeps: int = 1
-    beta: float = 1e-3
-    tol: float = 0.0
-    nudging: Literal["one-sided", "centered"] = "one-sided"
-    update: Literal["sweep", "odd-even", "synchronous"] = "sweep"
-    start: Literal["feedforward", "zero"] = "feedforward"
-    pool: Literal["avg", "max"] = "avg"
-    gradient: Literal["ep", "bptt", "backprop"] = "ep"
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value, choices = getattr(self, option.name), get_args(option.type)
-            if choices:
-                if value not in choices:
-                    raise ValueError(
-                        f"{option.name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}."
-                    )
-            elif not isinstance(value, int if isinstance(option.default, int) else (int, float)) or value is True:
-                raise TypeError(
-                    f"{option.name}={value!r} is a {type(value).__name__}; give a number like {option.default}."
-                )
-            elif not abs(value) < float("inf"):
-                raise ValueError(f"{option.name}={value!r} is not finite; give a number like {option.default}.")
-        for name, least in {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
-        if self.beta == 0:
-            raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 0.001.")
-
-
-SETTING_NAMES = tuple(option.name for option in fields(Settings))
+from timm_ep.settings import Settings
 
 Trace = Callable[[list[Tensor]], None]
 """Called after each sweep with the relative change ‖Δs_l‖/‖s_l‖ of every layer, as scalar tensors."""
@@ -109,10 +43,14 @@ class FreePhase(NamedTuple):
 
 
 class NudgedPhase(NamedTuple):
-    """Where the nudged phase ended: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), and the drive at s + δ."""
+    """Where the nudged phase is: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), and the drive at s + δ."""
 
     deltas: list[Tensor | None]
     drives: list[Drive | None]
+
+
+Forces = Callable[[list[Tensor]], Sequence[Tensor | None]]
+"""g_l of every layer as a function of the states s_1…s_N."""
 
 
 def update_groups(update: str, depth: int, sweep: int) -> list[list[int]]:
@@ -227,6 +165,32 @@ def free_phase(
     return phase
 
 
+def phase_at(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> FreePhase:
+    """Any states with the products and pre-activations at these very states, differentiable with respect to all.
+
+    A synchronous step takes each s_l to clip(u_l). At an equilibrium nothing moves.
+    """
+    drives = [net.drive(layer, states[layer - 1] if layer else x) for layer in range(len(states))]
+    feedbacks: list[Tensor | None] = [
+        net.feedback(layer, drives[layer].route(states[layer]), states[layer - 1]) for layer in range(1, len(states))
+    ]
+    feedbacks.append(None)
+    preactivations = [
+        drive.value if back is None else torch.add(drive.value, back, alpha=feedback)
+        for drive, back in zip(drives, feedbacks, strict=True)
+    ]
+    return FreePhase(list(states), preactivations, list(drives), feedbacks)
+
+
+def nudging_strengths(settings: Settings) -> tuple[float, ...]:
+    """The β of each nudged phase of a batch; `random-sign` draws from torch's generator."""
+    if settings.nudging == "centered":
+        return (settings.beta, -settings.beta)
+    if settings.nudging == "random-sign" and torch.rand(()).item() < 0.5:
+        return (-settings.beta,)
+    return (settings.beta,)
+
+
 def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.dtype) -> list[float]:
     """1/(β λ^(N−l)) of each layer: multiplies a state's difference into the nudged phase's coordinates.
 
@@ -241,10 +205,11 @@ def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.
 def nudged_phase(
     net: Net,
     free: FreePhase,
-    forces: Sequence[Tensor | None],
+    forces: Sequence[Tensor | None] | Forces,
     settings: Settings,
     beta: float,
     trace: Trace | None = None,
+    watch: Callable[[NudgedPhase], None] | None = None,
 ) -> NudgedPhase:
     """Settle from the free equilibrium under the forces −β λ^(N−l) g_l.
 
@@ -257,10 +222,13 @@ def nudged_phase(
     Args:
         net: as in the free phase.
         free: where the free phase ended; under max pooling with the drives at its states.
-        forces: g_l per layer (None: none), normalised to about 1, in the shape of the states.
+        forces: g_l per layer (None: none), in the shape of the states; frozen if tensors, and live if a function: then
+            they are those of the states at the start of each sweep. A loss that is a sum over the layers pulls a layer
+            by its own state only, so that this is the newest force in every order of update.
         settings: the sweeps, their order and λ.
         beta: nudging strength, with sign.
         trace: receives the relative change of every d_l in each sweep.
+        watch: receives the phase after each sweep; it moves on, so take what is to be kept.
 
     Returns:
         d_l and drives per layer. Zero forces give None or exact zeros.
@@ -272,6 +240,7 @@ def nudged_phase(
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
     for sweep in range(settings.nudged_sweeps):
         before = list(phase.deltas)
+        pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
         for group in update_groups(settings.update, depth, sweep):
             for layer in group:
                 if rises[layer] is None and settings.feedback:
@@ -282,7 +251,7 @@ def nudged_phase(
             for layer in group:
                 phase.deltas[layer] = _held_sum(
                     [rises[layer], falls[layer]],
-                    forces[layer],
+                    pulls[layer],
                     free.states[layer],
                     free.preactivations[layer],
                     scales[layer],
@@ -294,7 +263,27 @@ def nudged_phase(
                     rises[layer + 1] = None
         if trace:
             trace(_delta_changes(phase.deltas, before))
+        if watch:
+            watch(phase)
     return phase
+
+
+def nudged_states(free: FreePhase, phase: NudgedPhase, scales: Sequence[float]) -> list[Tensor]:
+    """s + δ of every layer."""
+    return [
+        state if delta is None else torch.add(state, delta, alpha=1 / scale)
+        for state, delta, scale in zip(free.states, phase.deltas, scales, strict=True)
+    ]
+
+
+def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Settings, beta: float) -> NudgedPhase:
+    """The phase with the max-pooling winners of its last states, not of those that its last sweep started from."""
+    newest = NudgedPhase(list(phase.deltas), list(phase.drives))
+    scales = coordinate_scales(settings, beta, len(free.states), free.states[0].dtype)
+    for layer, coupling in enumerate(net.couplings):
+        if coupling.max_pool:
+            _rise(net, layer, free, newest, scales, settings.feedback)
+    return newest
 
 
 def _held_sum(

@@ -10,6 +10,7 @@ With the exact difference of the two phases, in the coordinates of `timm_ep.dyna
     dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -21,14 +22,15 @@ from torch.autograd.function import once_differentiable
 from timm_ep.dynamics import (
     FreePhase,
     NudgedPhase,
-    Settings,
     coordinate_scales,
     feedforward_pass,
     free_phase,
     nudged_phase,
+    nudging_strengths,
     routed_difference,
 )
 from timm_ep.energy import Coupling, Drive, Net
+from timm_ep.settings import Settings
 
 
 @torch.compiler.disable
@@ -46,22 +48,26 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
     Returns:
         N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
     """
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
-    # Settling repeats convolutions and their adjoints on the same maps: channels-last is the faster format for both.
-    x, *kernels = (t.to(dtype=dtype, memory_format=torch.channels_last) for t in (x, *net.kernels))
-    biases = tuple(bias.to(dtype) for bias in net.biases)
-    with _no_autocast(device):
+    net, x = in_one_dtype(net, x)
+    with no_autocast(x.device.type):
         if settings.gradient == "ep":
-            return _Equilibrium.apply(settings, net.couplings, x, *kernels, *biases)
-        net = Net(net.couplings, tuple(kernels), biases)
+            return _Equilibrium.apply(settings, net.couplings, x, *net.kernels, *net.biases)
         if settings.gradient == "backprop":
             return tuple(feedforward_pass(net, x, recompute).states)
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
 
 
-def _no_autocast(device: str) -> AbstractContextManager[None]:
+def in_one_dtype(net: Net, x: Tensor) -> tuple[Net, Tensor]:
+    """Net and input in the dtype to settle in: that of autocast where it is on, else that of the kernels."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
+    # Settling repeats convolutions and their adjoints on the same maps: channels-last is the faster format for both.
+    x, *kernels = (t.to(dtype=dtype, memory_format=torch.channels_last) for t in (x, *net.kernels))
+    return Net(net.couplings, tuple(kernels), tuple(bias.to(dtype) for bias in net.biases)), x
+
+
+def no_autocast(device: str) -> AbstractContextManager[None]:
     available = torch.amp.is_autocast_available(device)  # not on the meta device
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
@@ -94,11 +100,27 @@ class _Equilibrium(torch.autograd.Function):
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
         net = Net(ctx.couplings, tuple(kernels), tuple(biases))
         free = FreePhase(states, preactivations, drives, [None] * depth)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
 
 
 _NO_DRIVE: tuple[None, None, None] = (None, None, None)
+
+
+def normalised_forces(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """∂L/∂s_l of each sample over its largest magnitude, in channels-last format, and these magnitudes.
+
+    Each sample by its own, so that what is estimated of it does not depend on the samples beside it.
+
+    Returns:
+        the forces, and the magnitudes, (B, 1, 1, 1): 1 where all are 0.
+    """
+    largest = torch.stack([g.abs().amax((1, 2, 3), keepdim=True) for g in grads if g is not None]).amax(0)
+    scales = torch.where(largest == 0, torch.ones_like(largest), largest)
+    forces = [
+        None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
+    ]
+    return forces, scales
 
 
 def ep_gradient(
@@ -107,7 +129,7 @@ def ep_gradient(
     free: FreePhase,
     grads: tuple[Tensor | None, ...],
     settings: Settings,
-    needed: tuple[bool, ...],
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradient of a loss on the states, from the free and the nudged phase.
 
@@ -124,17 +146,12 @@ def ep_gradient(
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    largest = torch.stack([g.abs().amax((1, 2, 3), keepdim=True) for g in grads if g is not None]).amax(0)
-    scales = torch.where(largest == 0, torch.ones_like(largest), largest)
-    forces = [
-        None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
-    ]
+    forces, scales = normalised_forces(grads)
     scale = scales.amax()
     weights = (scales / scale).to(x.dtype)
-    betas = (settings.beta,) if settings.nudging == "one-sided" else (settings.beta, -settings.beta)
     estimates = [
-        _contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), weights, settings, beta, needed)
-        for beta in betas
+        contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
+        for beta in nudging_strengths(settings)
     ]
     return [
         None if parts[0] is None else torch.stack(parts).mean(0).mul_(scale.to(parts[0].dtype))
@@ -142,17 +159,20 @@ def ep_gradient(
     ]
 
 
-def _contrast(
+def contrast(
     net: Net,
     x: Tensor,
     free: FreePhase,
     nudged: NudgedPhase,
-    weights: Tensor,
     settings: Settings,
     beta: float,
-    needed: tuple[bool, ...],
+    needed: Sequence[bool],
+    weights: Tensor | float = 1.0,
 ) -> list[Tensor | None]:
-    """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias, with a weight per sample, (B, 1, 1, 1)."""
+    """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias, the samples weighted by `weights`, (B, 1, 1, 1).
+
+    Local: that of W_l reads the two phases' states of the layers l−1 and l, that of b_l those of layer l, and no more.
+    """
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
     needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]

@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.data import channel_values, create_loader, image_transform, open_data
 from timm_ep.files import replacing
+from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
+from timm_ep.repository import load
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats, accuracies in percent (top5 None with five classes or fewer), feedback share."""
+    """Mean loss (cross-entropy in nats; squared error of a read-out inside the dynamics), accuracies in percent (top5
+    None with five classes or fewer), feedback share."""
 
     loss: float
     top1: float
@@ -45,7 +46,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    loss, hits, hits5, seen, share, classes = 0.0, 0, 0, 0, None, 0
+    criterion, loss, hits, hits5, seen, share, classes = readout_criterion(model), 0.0, 0, 0, 0, None, 0
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if not seen and isinstance(model, EpVgg) and model.gradient != "backprop":
@@ -53,7 +54,7 @@ def evaluate(
         logits = model(images).float()
         classes = logits.shape[1]
         ranked = logits.topk(min(5, classes)).indices == labels[:, None]
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        loss += criterion(logits, labels).item() * len(labels)
         hits += int(ranked[:, 0].sum())
         hits5 += int(ranked.any(1).sum())
         seen += len(labels)
@@ -76,9 +77,10 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts]
 
     Raises:
         FileNotFoundError: not the folder of a finished run.
+        ValueError: a folder that does not pass the checks of `timm_ep.repository`.
     """
     facts = RunFacts.load(Path(run) / RESULTS_NAME)
-    return timm.create_model(f"local-dir:{run}", pretrained=True).to(device).eval(), facts
+    return load(run, facts.architecture).to(device), facts
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Writing files so that a crash leaves the old one or the new one, never half of one."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["creating", "replacing"]
 
 
 @contextmanager
@@ -26,10 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result is to be as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _make_readable(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,3 +38,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def creating(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `folder` to fill: renamed to it on success, removed on failure.
+
+    Raises:
+        FileExistsError: there is something in `folder` already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already, and nothing is overwritten; remove it or choose another.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield temporary
+        for path in (temporary, *temporary.iterdir()):
+            _make_readable(path)
+        os.replace(temporary, folder)  # an empty folder may be replaced
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(path: Path) -> None:
+    """Temporary files are private; a result is to be as readable as any other file of the user."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -1,8 +1,10 @@
 """How well a net settles and how well EP follows BPTT, at init or trained."""
 
 import copy
+import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from torch import Tensor
 
 from timm_ep.data import create_loader, limit, open_data
 from timm_ep.evaluate import feedback_share, load_run, run_transform
+from timm_ep.gdu import StepChecks, step_check
+from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
+from timm_ep.settings import SETTING_NAMES
 
 # Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
 _CONVERGED_SWEEPS = 24
+_PLOTTED_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -32,34 +38,75 @@ def gradient_check(
     model: EpVgg,
     images: Tensor,
     labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    sweeps: int = _CONVERGED_SWEEPS,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    sweeps: int | None = None,
 ) -> list[LayerCheck]:
     """Compare the EP gradient, by the model's settings, with autograd through the converged settling.
 
     Args:
-        model: any `ep_vgg*`; it is left as it is.
+        model: any `ep_vgg*`; it is left as it is. With live forces, EP is `model.live_loss`.
         images: (B, in_chans, H, W). The exact gradient stores `sweeps` times the states of these.
         labels: (B,), or whatever the criterion takes.
-        criterion: loss of logits and labels.
-        sweeps: free sweeps of the exact gradient.
+        criterion: loss of outputs and labels, a mean over the batch; by default that of the model's read-out.
+        sweeps: free sweeps of the exact gradient; by default the larger of the model's own and 24.
 
     Returns:
         one row a layer, from the first.
     """
+    criterion = criterion or readout_criterion(model)
+    sweeps = max(_CONVERGED_SWEEPS, model.settings.free_sweeps) if sweeps is None else sweeps
 
     def kernel_gradients(**settings: Any) -> list[Tensor]:
         twin = copy.deepcopy(model)
         twin.settings = replace(model.settings, **settings)
+        twin.set_grad_checkpointing()
+        if twin.settings.live:
+            loss, _ = twin.live_loss(images, lambda states: criterion(twin.output(states), labels))
+        else:
+            loss = criterion(twin(images), labels)
         weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
-        gradients = torch.autograd.grad(criterion(twin(images), labels), weights)
-        return [gradient.double().flatten() for gradient in gradients]
+        return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
 
     rows = zip(kernel_gradients(gradient="ep"), kernel_gradients(gradient="bptt", free_sweeps=sweeps), strict=True)
     return [
         LayerCheck(layer, F.cosine_similarity(ep, exact, 0).item(), (ep.norm() / exact.norm()).item())
         for layer, (ep, exact) in enumerate(rows, 1)
     ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the check found of one model.
+
+    Attributes:
+        model: name, or folder of a run.
+        settings: of the model, as checked.
+        residuals: ‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers.
+        feedback_share: ‖s* − s_ff‖ / ‖s*‖, the largest over the layers.
+        layers: EP beside BPTT.
+        steps: EP beside BPTT step by step, if asked for.
+        accuracy: a run's test accuracy in percent.
+        train_seconds: a run's training time.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    residuals: list[float]
+    feedback_share: float
+    layers: list[LayerCheck]
+    steps: StepChecks | None = None
+    accuracy: float | None = None
+    train_seconds: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """The lowest cosine of a layer."""
+        return min(row.cosine for row in self.layers)
+
+    @property
+    def residual(self) -> float:
+        """The relative change in the last free sweep; 0 without any."""
+        return self.residuals[-1] if self.residuals else 0.0
 
 
 @dataclass
@@ -72,7 +119,13 @@ class Gradcheck:
         data_dir: where the images are, if not embedded.
         model_args: further arguments of a model at init.
         batch_size: images.
-        seed: of the init.
+        seed: of the init, and of the signs of `nudging: random-sign`.
+        over: check once for each of the values `at`: a setting, such as `beta`, `free_sweeps`, `nudged_sweeps` or
+            `feedback`; or `model`, for nets of other depth or other runs (the option `model` then serves as the first).
+        at: the values of `over`, a list such as [0.1,0.01].
+        gdu: steps of the comparison step by step (`timm_ep.gdu`); by default 30 for a plot without `over`, else none.
+        plot: a picture to draw (png, svg, pdf): the updates step by step, or the cosines over the values.
+        json: print JSON and nothing else.
     """
 
     model: str
@@ -81,25 +134,119 @@ class Gradcheck:
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     seed: int = 0
+    over: str | None = None
+    at: list[int | float | str] = field(default_factory=list)
+    gdu: int | None = None
+    plot: Path | None = None
+    json: bool = False
 
-    def run(self) -> list[LayerCheck]:
-        """Print the table and return its rows."""
+    def __post_init__(self) -> None:
+        if self.over is not None and self.over not in ("model", *SETTING_NAMES):
+            raise ValueError(f"over={self.over!r} is unknown; choose model, {', '.join(SETTING_NAMES)}.")
+        if (self.over is None) != (not self.at):
+            raise ValueError(f"over={self.over} and values={self.at} belong together: --over beta --values [0.1,0.01].")
+        if self.gdu is not None and self.gdu < 1:
+            raise ValueError(f"gdu={self.gdu} is too small; give at least 1 step, or leave it out.")
+
+    def run(self) -> list[Report]:
+        """Print the tables and return what is in them: one report, or one for each value of `over`."""
+        if self.over == "model":
+            reports = [self._check(name, {}) for name in dict.fromkeys([self.model, *map(str, self.at)])]
+        else:
+            changes = [{self.over: value} for value in self.at] if self.over else [{}]
+            reports = [self._check(self.model, change) for change in changes]
+        if self.json:
+            print(json.dumps(_without_nan([asdict(report) for report in reports]), indent=2, allow_nan=False))
+        elif self.over is None:
+            _print_report(reports[0])
+        else:
+            _print_table(self.over, reports)
+        if self.plot is not None:
+            from timm_ep.plots import draw_cosines, draw_steps
+
+            if self.over is not None:
+                draw_cosines(reports, self.over, self.plot)
+            else:
+                draw_steps(reports[0], self.plot)
+        return reports
+
+    def _check(self, name: str, changes: dict[str, Any]) -> Report:
         data = open_data(self.dataset, self.data_dir)
         torch.manual_seed(self.seed)
-        if Path(self.model).is_dir():
-            model, _ = load_run(self.model)
+        facts = None
+        if Path(name).is_dir():
+            model, facts = load_run(name)
         else:
             shape = {"num_classes": len(data.classes), "in_chans": data.channels}
-            model = timm.create_model(self.model, **shape, **self.model_args)
+            model = timm.create_model(name, **shape, **self.model_args)
         if not isinstance(model, EpVgg):
-            raise ValueError(f"{self.model} is no ep_vgg*: it has no settling to check.")
+            raise ValueError(f"{name} is no ep_vgg*: it has no settling to check.")
+        model.settings = replace(model.settings, **changes)
         data.test.transform = run_transform(model)
         images, labels = next(iter(create_loader(limit(data.test, self.batch_size), self.batch_size)))
-        rows = gradient_check(model, images, labels)
-        residuals = " ".join(f"{residual:.4f}" for residual in model.free_residual(images))
-        print(f"{self.model}: λ={model.feedback:g}, feedback share {feedback_share(model, images):.3f}")
-        print(f"relative change per free sweep: {residuals}")
-        for row in rows:
-            print(f"layer {row.layer:2d}: cosine {row.cosine:.4f}, norm ratio {row.norm_ratio:.4f}")
-        print(f"worst layer: cosine {min(row.cosine for row in rows):.4f}")
-        return rows
+        steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
+        return Report(
+            name,
+            asdict(model.settings),
+            model.free_residual(images),
+            feedback_share(model, images),
+            gradient_check(model, images, labels),
+            step_check(model, images, labels, steps=steps) if steps else None,
+            facts.top1 if facts else None,
+            facts.train_seconds if facts else None,
+        )
+
+
+def _print_report(report: Report) -> None:
+    residuals = [f"{residual:.4f}" for residual in report.residuals]
+    if len(residuals) > 12:
+        residuals[4:-4] = [f"… ({len(residuals) - 8} more) …"]
+    print(f"{report.model}: λ={report.settings['feedback']:g}, feedback share {report.feedback_share:.3f}")
+    print(f"relative change per free sweep: {' '.join(residuals)}")
+    for row in report.layers:
+        print(f"layer {row.layer:2d}: cosine {row.cosine:.4f}, norm ratio {row.norm_ratio:.4f}")
+    print(
+        f"worst layer: cosine {report.worst:.4f}, at a relative change of {report.residual:.1e} in the last free sweep"
+    )
+    if report.steps is not None:
+        _print_steps(report.steps)
+
+
+def _print_steps(checks: StepChecks) -> None:
+    """Per layer: the sum of the differences over that of BPTT's norms, and the step with the lowest cosine."""
+    print(f"step by step (relative change {checks.residual:.1e} per synchronous free step):")
+    for layer in sorted({row.layer for row in checks.rows}):
+        rows = [row for row in checks.rows if row.layer == layer and not math.isnan(row.cosine)]
+        if not rows:
+            print(f"layer {layer:2d}: not reached")
+            continue
+        worst = min(rows, key=lambda row: row.cosine)
+        error = sum(row.difference for row in rows) / sum(row.bptt_norm for row in rows)
+        print(f"layer {layer:2d}: difference {error:.1e}, lowest cosine {worst.cosine:.4f} (step {worst.step})")
+
+
+def _print_table(over: str, reports: list[Report]) -> None:
+    names = [_value(over, report) for report in reports]
+    width = max(len(name) for name in [over, *names])
+    trained = any(report.accuracy is not None for report in reports)
+    head = f"{over:{width}}  residual  share  worst cosine"
+    print(head + ("  accuracy  training" if trained else "") + "  cosine per layer")
+    for name, report in zip(names, reports, strict=True):
+        row = f"{name:{width}}  {report.residual:8.1e}  {report.feedback_share:5.3f}  {report.worst:12.4f}"
+        if trained:
+            known = report.accuracy is not None
+            row += f"  {report.accuracy:6.1f} %  {report.train_seconds:6.0f} s" if known else " " * 20
+        print(f"{row}  {' '.join(f'{layer.cosine:.3f}' for layer in report.layers)}")
+
+
+def _value(over: str, report: Report) -> str:
+    return report.model if over == "model" else f"{report.settings[over]}"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a figure that does not exist is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -21,7 +21,12 @@ def layer_residuals(model: nn.Module, images: Tensor) -> Tensor:
     if isinstance(model, EpVgg) and model.gradient != "backprop":
         weight = model.get_parameter("layers.0.weight")
         images = images[:_IMAGES].to(weight.dtype)
-        free_phase(model.net(), images, model.settings, trace=lambda sweep: changes.append(torch.stack(sweep)))
+        free_phase(
+            model.net((images.shape[-2], images.shape[-1])),
+            images,
+            model.settings,
+            trace=lambda sweep: changes.append(torch.stack(sweep)),
+        )
     return torch.stack(changes) if changes else torch.zeros(0, 0)
 
 

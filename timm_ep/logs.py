@@ -131,11 +131,11 @@ class RunLog:
                     self.events.add_scalar(f"epoch/{name}", value, row["epoch"])
             self.events.flush()
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write the rows, one an epoch, as summary.csv."""
+    def write(self, rows: list[dict[str, Any]], name: str = "summary") -> None:
+        """Write a table of the run as `name`.csv."""
         if self.primary and rows:
             names = dict.fromkeys(name for row in rows for name in row)
-            with replacing(self.folder / "summary.csv") as temporary, temporary.open("w", newline="") as file:
+            with replacing(self.folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(names), restval="")
                 writer.writeheader()
                 writer.writerows(rows)

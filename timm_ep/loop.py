@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_ep.checkpoints import CheckpointStore
+from timm_ep.diagnostics import diagnose
 from timm_ep.distributed import World
 from timm_ep.evaluate import Evaluation, evaluate
 from timm_ep.guard import Guard, broken_weights
 from timm_ep.loader import EpochOrder, seed_everything
 from timm_ep.logs import Pulse, RunLog
+from timm_ep.models import EpVgg
 from timm_ep.options import TrainingOptions
 from timm_ep.stopping import Interrupted, stop_requests
 from timm_ep.task import EpTask
@@ -44,6 +46,8 @@ class Progress:
         seen: and how many there were, of the updates that were made.
         guard: counts of updates that were not made.
         rows: of summary.csv, one a finished epoch.
+        layers: of layers.csv, one a finished epoch and layer.
+        settling: of settling.csv, one a finished epoch, phase, sweep and layer.
         best_epoch: with the best validation so far, from 1; 0 for none.
         best: its accuracy in percent, and its loss.
     """
@@ -57,6 +61,8 @@ class Progress:
     seen: float = 0.0
     guard: Guard = field(default_factory=Guard)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    settling: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     best: tuple[float, float] = (0.0, float("inf"))
 
@@ -84,6 +90,7 @@ class TrainingLoop:
         mixup: of timm; None for none.
         cache: the teacher's answers; None to ask it at each batch.
         identity: what else must be equal when a run goes on, written into checkpoints.
+        probe: images and labels, always the same, on which every layer is measured after each epoch; None for none.
         progress: where the training is.
     """
 
@@ -100,6 +107,7 @@ class TrainingLoop:
     mixup: Mixup | None = None
     cache: TeacherCache | None = None
     identity: dict[str, Any] = field(default_factory=dict)
+    probe: tuple[Tensor, Tensor] | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -286,12 +294,25 @@ class TrainingLoop:
             best = not progress.best_epoch or rank > best_rank
             if best:
                 progress.best_epoch, progress.best = progress.epoch + 1, (validated.top1, validated.loss)
+        self._diagnose()
         progress.rows.append(row)
         progress.epoch += 1
         progress.update = 0
         progress.epoch_seconds = progress.loss_sum = progress.correct = progress.seen = 0.0
         self.log.end_epoch(progress.rows)
+        self.log.write(progress.layers, "layers")
+        self.log.write(progress.settling, "settling")
         self._save(best)
+
+    def _diagnose(self) -> None:
+        """Measure every layer on the probe."""
+        if self.probe is None or not isinstance(self.task.model, EpVgg):
+            return
+        with self.task.no_sync():  # each process for itself: nothing is exchanged
+            found = diagnose(self.task, *(tensor.to(self.world.device) for tensor in self.probe))
+        epoch = {"epoch": self.progress.epoch + 1}
+        self.progress.layers += [{**epoch, **dataclasses.asdict(one)} for one in found.layers]
+        self.progress.settling += [{**epoch, **dataclasses.asdict(one)} for one in found.settling]
 
     def evaluate(self, loader: DataLoader[Any]) -> Evaluation:
         """Test what the training would give: the averaged weights if there are any, else the weights."""

@@ -35,25 +35,28 @@ class TrainingOptions:
             `local-dir:FOLDER` (with `pretrained`) go on from the weights there.
         pretrained: start from trained weights.
         output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), args.yaml (for
-            `--config`), summary.csv, curves.png, results.json, and checkpoints/.
+            `--config`), summary.csv (by epoch), layers.csv and settling.csv (by epoch and layer, see
+            `timm_ep.diagnostics`), curves.png, results.json, and checkpoints/.
         dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`), `torch/NAME` or `hfds/NAME`.
         data_dir: where the images are.
         train_images: train on a fixed random subset of this size.
         val_split: share of the training images to set aside, to choose the best epoch by. 0 keeps all for training, and
             the last epoch is the result. Test images choose nothing: they are looked at once, at the end.
         img_size: side of the images in pixels; by default the model's.
-        model_args: further arguments of the model, such as `feedback` or `free_sweeps`.
+        model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
+            by the literature's algorithm, live forces included.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
             twin). Only for `ep_vgg*`.
-        local_error: weight of the local errors, classifiers on the layers' states; 0 for none. 0.3 is a good start.
+        local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
         local_error_args: further arguments of `timm_ep.signals.LocalErrors`, such as `layers` or `schedule`.
         teacher: what to distil from, as for `timm_ep.teachers.create_teacher`: a name of timm, `hf-hub:…`,
             `local-dir:…`, or the folder of a run.
         teacher_checkpoint: weights for the model that `teacher` names.
         distill_features: weight of the teacher's features as targets of the states; 0 for none.
         distill_features_args: further arguments of `timm_ep.signals.FeatureDistillation`.
-        distill_logits: weight of the teacher's logits beside the labels; 0 for none.
-        temperature: of the logits in distillation.
+        distill_logits: weight of the teacher's logits beside the labels, at the read-out and at every layer; 0 for
+            none.
+        distill_logits_args: further arguments of `timm_ep.signals.LogitDistillation`, such as `temperature`.
         cache_teacher: ask the teacher once for each image, before training, and keep its answers in memory; not with
             augmentation.
         epochs: passes over the training images.
@@ -66,7 +69,9 @@ class TrainingOptions:
         sched: timm's schedule of the learning rate, which changes at each update.
         sched_kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, such as `min_lr` or `decay_rate`.
         warmup_epochs: of linearly rising learning rate, before the schedule.
-        smoothing: label smoothing.
+        criterion: `cross-entropy` or `squared-error` of the output; by default squared error for a read-out inside the
+            dynamics (`model_args={"readout": "state"}`), else cross-entropy.
+        smoothing: label smoothing, for cross-entropy.
         clip_grad: clip the gradient at this value; none by default.
         clip_mode: what is clipped: the `norm` of the whole gradient, each `value`, or by `agc` each unit's gradient
             relative to its weights.
@@ -127,7 +132,7 @@ class TrainingOptions:
     distill_features: float = 0.0
     distill_features_args: dict[str, Any] = field(default_factory=dict)
     distill_logits: float = 0.0
-    temperature: float = 4.0
+    distill_logits_args: dict[str, Any] = field(default_factory=dict)
     cache_teacher: bool = False
     epochs: int = 10
     batch_size: int = 64
@@ -139,6 +144,7 @@ class TrainingOptions:
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
     sched_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_epochs: int = 1
+    criterion: Literal["cross-entropy", "squared-error"] | None = None
     smoothing: float = 0.0
     clip_grad: float | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"

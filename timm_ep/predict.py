@@ -61,7 +61,10 @@ class Predict:
         while batch := list(islice(opened, self.batch_size)):
             inputs = torch.stack([transform(image) for _, image in batch]).to(self.device)
             with torch.inference_mode():
-                values, indices = model(inputs).softmax(1).topk(min(self.top, len(names)))
+                output = model(inputs)
+            # An output state that squared error pulls to one-hot labels is a probability already.
+            probabilities = output if getattr(model, "readout", "head") == "state" else output.softmax(1)
+            values, indices = probabilities.topk(min(self.top, len(names)))
             for (title, _), row, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
                 answer = [(names[index], probability) for index, probability in zip(classes, row, strict=True)]
                 print(f"{title}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))

@@ -54,50 +54,78 @@ def _chosen(layers: Sequence[int] | None, default: list[int], depth: int) -> lis
     return chosen
 
 
-class LocalErrors(nn.Module):
-    """A linear classifier on each chosen layer's pooled state, with cross-entropy to the labels.
+class LayerClassifiers(nn.Module):
+    """A linear classifier on each chosen layer's state, averaged to a grid: what the layer knows of the class.
 
     Args:
         model: the student, an `EpVgg`.
-        weight: α of every layer, or one per layer.
-        layers: numbers from 1; all by default, the last included.
-        pooled_size: side of the grid to which a state is averaged before the classifier, in cells. 1 asks only what is
-            in the image, and costs channels × classes parameters a layer.
-        learned: whether the classifiers learn. Fixed random ones (direct random targets) need no learning rate.
-        schedule: of α over depth, see `layer_weights`.
-        final: α at the end of training, as a share of α at its start; it changes linearly. Below 1 the read-out gets
-            the last word.
+        layers: numbers from 1; all by default.
+        pooled_size: side of the grid in cells. A finer grid asks what is where, and its errors, different from cell to
+            cell, keep a strongly coupled net (λ = 1) from settling into a few states for all images: 13 convolutions at
+            λ = 1 learn with 4 and hardly with 1. It costs channels × cells × classes parameters a layer. A state
+            smaller than the grid is repeated to fill it.
+        learned: whether the classifiers learn.
 
     Raises:
-        ValueError: a model without states, layers that do not exist, or weights that do not fit.
+        ValueError: a model without states or classes, or layers that do not exist.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        weight: float | Sequence[float] = 0.3,
-        layers: Sequence[int] | None = None,
-        pooled_size: int = 1,
-        learned: bool = True,
-        schedule: DepthSchedule = "constant",
-        final: float = 1.0,
+        self, model: nn.Module, layers: Sequence[int] | None = None, pooled_size: int = 4, learned: bool = True
     ) -> None:
         super().__init__()
         model = _student(model)
         depth = len(model.layers)
         if model.num_classes < 1:
-            raise ValueError("Local errors need classes; the model has num_classes=0. Create it with num_classes=…")
-        if pooled_size < 1 or final < 0:
-            raise ValueError(f"pooled_size={pooled_size} must be at least 1 and final={final} at least 0.")
-        self.layers = _chosen(layers, list(range(1, depth + 1)), depth)
-        self.weights = layer_weights(weight, len(self.layers), schedule)
-        self.pooled_size, self.final, self.progress = pooled_size, final, 0.0
+            raise ValueError("Classifiers need classes; the model has num_classes=0. Create it with num_classes=…")
+        if pooled_size < 1:
+            raise ValueError(f"pooled_size={pooled_size} is too small; it must be at least 1.")
+        self.layers, self.pooled_size = _chosen(layers, list(range(1, depth + 1)), depth), pooled_size
         like = model.get_parameter("layers.0.weight")
         self.classifiers = nn.ModuleList(
             nn.Linear(_channels(model, layer) * pooled_size**2, model.num_classes, device=like.device, dtype=like.dtype)
             for layer in self.layers
         )
         self.classifiers.requires_grad_(learned)
+
+    def logits(self, states: Sequence[Tensor], index: int) -> Tensor:
+        """(B, classes) of the chosen layer number `index`, from s_1…s_N."""
+        pooled = F.adaptive_avg_pool2d(states[self.layers[index] - 1], self.pooled_size)
+        return self.classifiers[index](pooled.flatten(1))
+
+
+class LocalErrors(LayerClassifiers):
+    """A linear classifier on each chosen layer's state, with cross-entropy to the labels.
+
+    Args:
+        model: the student, an `EpVgg`.
+        weight: α of every layer, or one per layer.
+        layers: as for `LayerClassifiers`.
+        pooled_size: as for `LayerClassifiers`.
+        learned: whether the classifiers learn. Fixed random ones (direct random targets) need no learning rate.
+        schedule: of α over depth, see `layer_weights`.
+        final: α at the end of training, as a share of α at its start; it changes linearly. Below 1 the read-out gets
+            the last word.
+
+    Raises:
+        ValueError: a model without states or classes, layers that do not exist, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: float | Sequence[float] = 1.0,
+        layers: Sequence[int] | None = None,
+        pooled_size: int = 4,
+        learned: bool = True,
+        schedule: DepthSchedule = "constant",
+        final: float = 1.0,
+    ) -> None:
+        super().__init__(model, layers, pooled_size, learned)
+        if final < 0:
+            raise ValueError(f"final={final} is negative; a signal's weight is at least 0.")
+        self.weights = layer_weights(weight, len(self.layers), schedule)
+        self.final, self.progress = final, 0.0
 
     def forward(self, states: Sequence[Tensor], target: Tensor) -> Tensor:
         """The weighted sum over the layers, a scalar in nats.
@@ -108,10 +136,9 @@ class LocalErrors(nn.Module):
         """
         scale = 1 + (self.final - 1) * self.progress
         total = states[-1].new_zeros(())
-        for layer, weight, classify in zip(self.layers, self.weights, self.classifiers, strict=True):
+        for index, weight in enumerate(self.weights):
             if weight * scale:  # a signal of weight 0 is none: it is to change nothing, not even by rounding
-                pooled = F.adaptive_avg_pool2d(states[layer - 1], self.pooled_size).flatten(1)
-                total = total + weight * scale * F.cross_entropy(classify(pooled), target)
+                total = total + weight * scale * F.cross_entropy(self.logits(states, index), target)
         return total
 
 
@@ -192,30 +219,59 @@ class FeatureDistillation(nn.Module):
 
 
 class LogitDistillation(nn.Module):
-    """Cross-entropy's soft companion: T² KL(teacher ‖ student) at temperature T (Hinton et al., arXiv:1503.02531).
+    """The teacher's logits as targets: T² KL(teacher ‖ student) at temperature T (Hinton et al., arXiv:1503.02531).
+
+    The student answers with its own logits and, so that every layer is nudged, with a classifier on each chosen layer.
 
     Args:
-        weight: of the loss beside the cross-entropy with the labels.
-        temperature: divides both logits. Above 1 it shows what the teacher thinks of the other classes; T² keeps the
-            size of the gradient.
+        model: the student, an `EpVgg`; or any other, which answers with its own logits alone.
+        weight: of the loss of each answer, beside the cross-entropy with the labels.
+        temperature: divides the logits of both. Above 1 it shows more of what the teacher thinks of the other classes;
+            T² keeps the size of the gradient.
+        layers: numbers from 1 of the layers that answer too; all by default, none if empty.
+        pooled_size: as for `LayerClassifiers`.
 
     Raises:
-        ValueError: a negative weight, or a temperature that is not positive.
+        ValueError: a negative weight, a temperature that is not positive, layers that do not exist.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: float = 1.0,
+        temperature: float = 1.0,
+        layers: Sequence[int] | None = None,
+        pooled_size: int = 4,
+    ) -> None:
         super().__init__()
         if weight < 0 or temperature <= 0:
             raise ValueError(f"weight={weight} must be at least 0, and temperature={temperature} above 0.")
         self.weight, self.temperature = weight, temperature
+        answers = bool(layers) if layers is not None else isinstance(model, EpVgg)
+        self.classifiers = LayerClassifiers(model, layers, pooled_size) if answers else None
 
-    def forward(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """A scalar in nats, mean over the batch; both logits are (B, classes)."""
+    def forward(self, states: Sequence[Tensor], logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The sum over the answers, a scalar in nats, mean over the batch.
+
+        Args:
+            states: s_1…s_N from `model.equilibrium`.
+            logits: the student's own, (B, classes).
+            teacher_logits: (B, classes).
+        """
         if not self.weight:
             return logits.new_zeros(())
-        student, teacher = (F.log_softmax(z.float() / self.temperature, 1) for z in (logits, teacher_logits))
-        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        return self.weight * self.temperature**2 * divergence
+        answers = [logits]
+        if self.classifiers is not None:
+            answers += [self.classifiers.logits(states, index) for index in range(len(self.classifiers.layers))]
+        teacher = F.log_softmax(teacher_logits.float() / self.temperature, 1)
+        divergences = [
+            F.kl_div(
+                F.log_softmax(answer.float() / self.temperature, 1), teacher, reduction="batchmean", log_target=True
+            )
+            for answer in answers
+        ]
+        total = logits.new_zeros(())
+        return self.weight * self.temperature**2 * sum(divergences, total)
 
 
 def _student(model: nn.Module) -> EpVgg:

@@ -37,11 +37,22 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)
+        if has_states and self.model.settings.live and torch.is_grad_enabled():
+            return self._live_losses(images, target, taught)
         states = self.model.equilibrium(images) if has_states else (self.model.forward_features(images),)
         return self.losses(states, target, taught)
 
+    def _live_losses(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
+        """As `forward`; the loss and its parts are those at the free equilibrium, its gradient is that of live EP."""
+        loss, states = self.model.live_loss(
+            images, lambda states: self.losses(states, target, taught)["loss"], self.signals.parameters()
+        )
+        with torch.no_grad():
+            return {**self.losses(states, target, taught), "loss": loss}
+
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
-        output = self.model.forward_head(states[-1])
+        has_states = isinstance(self.model, EpVgg)
+        output = self.model.output(states) if has_states else self.model.forward_head(states[-1])
         parts = {"output_loss": self.criterion(output, target)}
         for name, signal in self.signals.items():
             if isinstance(signal, LocalErrors):
@@ -49,7 +60,7 @@ class _Objective(nn.Module):
             elif taught is None:
                 raise ValueError(f"{name} needs what the teacher says of the images (taught); got None.")
             elif isinstance(signal, LogitDistillation):
-                parts[name] = signal(output, taught.logits)
+                parts[name] = signal(states, output, taught.logits)
             else:
                 parts[name] = signal(states, taught.features)
         return {
@@ -62,7 +73,8 @@ class _Objective(nn.Module):
 class EpTask(ClassificationTask):
     """timm's classification task, with intermediate error signals.
 
-    `task(images, target)["loss"].backward()` runs one nudged phase for the loss on the logits and every signal.
+    `task(images, target)["loss"].backward()` runs one nudged phase for the loss on the logits and every signal. Where
+    the model's settings ask for live forces, they are recomputed from all of these losses in every nudged step.
 
     Args:
         model: an `EpVgg`; or any other model of timm, which has no states but can learn from a teacher's logits.

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
-from timm.models._features import FeatureHooks
 from torch import Tensor, nn
 
 __all__ = ["Teacher", "TeacherCache", "TeacherOutput", "create_teacher"]
@@ -55,12 +55,10 @@ class Teacher(nn.Module):
             ("std", config["std"]),
         ):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        info: Any = getattr(model, "feature_info", [])
+        # All of timm's models can return their features; another module that cannot still has logits to teach.
+        info: Any = getattr(model, "feature_info", []) if hasattr(model, "forward_intermediates") else []
         self.channels = [int(feature["num_chs"]) for feature in info]
         self.reductions = [int(feature["reduction"]) for feature in info]
-        # Models that cannot return their features are listened to, as timm's own features_only does.
-        listens = info and not hasattr(model, "forward_intermediates")
-        self._hooks = FeatureHooks(list(info), model.named_modules()) if listens else None
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
@@ -80,13 +78,10 @@ class Teacher(nn.Module):
         """What the teacher makes of the student's normalised images, (B, channels, H, W)."""
         model: Any = self.model
         images = self.adapt(images)
-        if self._hooks is not None:
-            logits = model(images)
-            return TeacherOutput(tuple(self._hooks.get_output(images.device).values()), logits)
-        if hasattr(model, "forward_intermediates"):
-            last, features = model.forward_intermediates(images)
-            return TeacherOutput(tuple(features), model.forward_head(last))
-        return TeacherOutput((), model(images))
+        if not self.channels:
+            return TeacherOutput((), model(images))
+        last, features = model.forward_intermediates(images)
+        return TeacherOutput(tuple(features), model.forward_head(last))
 
 
 def create_teacher(
@@ -152,7 +147,12 @@ def _load(source: str, checkpoint: str | Path | None) -> nn.Module:
 def _load_checkpoint(name: str, path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected weights for the teacher {name}.")
-    state = load_state_dict(str(path), weights_only=True)
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a file of weights alone, and nothing else is ever unpickled: {error}"
+        ) from error
     # Created with the classes of the weights: otherwise timm would replace the head by a random one.
     classifier = timm.get_pretrained_cfg(name, allow_unregistered=False).classifier
     weight = state.get(f"{classifier}.weight")

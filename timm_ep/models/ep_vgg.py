@@ -5,8 +5,10 @@ Laborieux et al., *Scaling Equilibrium Propagation to Deep ConvNets* (2021) and 
 Equilibrium Propagation via Intermediate Error Signals for Deep Convolutional CRNNs* (arXiv:2508.15989).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from importlib.resources import files
+from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,9 +18,11 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from timm_ep.dynamics import SETTING_NAMES, Settings, free_phase
+from timm_ep.dynamics import free_phase
 from timm_ep.energy import Coupling, Net, fold_average_pool
 from timm_ep.equilibrium import equilibrium
+from timm_ep.live import LossOfStates, live_loss
+from timm_ep.settings import SETTING_NAMES, Settings
 
 __all__ = ["EpVgg"]
 
@@ -37,9 +41,8 @@ _FEEDBACK = {"vgg5": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 
 
 # A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
 # these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
-# every layer.
-_GAIN = 1.8
-_POOLED_GAIN = 3.0
+# every layer. Classic nets get PyTorch's default for convolutions, which has a variance of 1/(3 fan-in).
+_GAINS = {"fast": {False: 1.8, True: 3.0}, "classic": {False: 3**-0.5, True: 3**-0.5}}  # by whether the layer is pooled
 
 
 class EpConv2d(nn.Module):
@@ -92,32 +95,43 @@ def _setting(name: str) -> property:
     def set_(model: "EpVgg", value: Any) -> None:
         model.settings = replace(model.settings, **{name: value})
 
-    return property(get, set_, doc=f"`{name}` of `timm_ep.dynamics.Settings`.")
+    return property(get, set_, doc=f"`{name}` of `timm_ep.settings.Settings`.")
 
 
 @register_notrace_module
 class EpVgg(nn.Module):
     """A VGG whose layer states settle to the equilibrium of an energy, trained by Equilibrium Propagation.
 
-    `loss.backward()` runs EP for any loss on the logits, the features or the states. Every field of `Settings` is an
-    attribute that can be changed at any time: `model.gradient = "bptt"`.
+    `loss.backward()` runs EP for any loss on the logits, the features or the states; with `forces="live"`, as in the
+    classic preset, `live_loss` is what recomputes the forces, see `Settings`. Every field of `Settings` is an attribute
+    that can be changed at any time: `model.gradient = "bptt"`.
 
     Args:
         architecture: output channels of each convolution, "M" for pooling after it. The registered names set it; it can
             be given to them as well, for a net of another shape.
-        num_classes: classes of the linear read-out, which is outside the dynamics; 0 for none.
+        num_classes: classes of the linear read-out; 0 for none.
         in_chans: channels of the image.
         global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
         drop_rate: dropout before the read-out.
         init_gain: factor on the initial gain of every kernel. Below 1 for nets with strong feedback, which settle only
             while the loop gain, about λ‖W‖², is below 1.
+        learn_gain: whether the gains of the kernels learn. With fixed gains a net with strong feedback keeps the loop
+            gain it starts with; learned ones drive 13 convolutions at λ = 1 into saturation within 100 steps.
+        preset: defaults of the settings and of the initial gains. `fast`, or `classic`: the literature's algorithm,
+            step by step (`timm_ep.settings.PRESETS`).
+        readout: `head`: the read-out is outside the dynamics, and only its loss nudges. `state`: the output is one more
+            state layer, in [0, 1], that settles and feeds back with the others, coupled linearly to the average of the
+            last convolution's state; `forward` returns it. It is made for the squared error (`SquaredError` in
+            `timm_ep.losses`), whose force pulls it towards the one-hot label. Train it with a small learning rate: an
+            output that falls to 0 for all images is held there, out of reach of a small nudge.
         device: of the parameters.
         dtype: of the parameters.
-        **settings: fields of `timm_ep.dynamics.Settings`, with their reasons there.
+        **settings: fields of `timm_ep.settings.Settings`, with their reasons there; they override the preset.
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: a setting outside its range.
+        ValueError: a setting outside its range, an unknown preset or read-out, or, for a read-out inside the dynamics,
+            dropout or a pooling other than `avg`: it is part of the energy.
     """
 
     def __init__(
@@ -128,6 +142,9 @@ class EpVgg(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         init_gain: float = 1.0,
+        learn_gain: bool = True,
+        preset: str = "fast",
+        readout: Literal["head", "state"] = "head",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **settings: Any,
@@ -138,7 +155,11 @@ class EpVgg(nn.Module):
             raise TypeError(
                 f"EpVgg got unknown arguments {sorted(unknown)}; its settings are {', '.join(SETTING_NAMES)}."
             )
-        self.settings = Settings(**settings)
+        self.settings = Settings.preset(preset, **settings)
+        if readout not in ("head", "state"):
+            raise ValueError(f"readout={readout!r} is unknown; choose 'head' or 'state'.")
+        self.readout = readout
+        self._check_readout(global_pool, drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -153,8 +174,9 @@ class EpVgg(nn.Module):
             if isinstance(item, str):
                 continue
             pooled = following == "M"
-            gain = init_gain * (_POOLED_GAIN if pooled else _GAIN)
+            gain = init_gain * _GAINS[preset][pooled]
             layers.append(EpConv2d(below, item, gain, device=device, dtype=dtype))
+            layers[-1].gain.requires_grad_(learn_gain)
             self.pooled.append(pooled)
             below = item
             if pooled:
@@ -169,6 +191,7 @@ class EpVgg(nn.Module):
         self.num_features = self.head_hidden_size = below
         # Last, because adaptive gradient clipping leaves out the last two parameters.
         self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self._center_output()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -186,13 +209,39 @@ class EpVgg(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new read-out; `reset_classifier(0, "")` leaves 4-D features."""
+        """A new read-out; `reset_classifier(0, "")` leaves 4-D features.
+
+        A read-out inside the dynamics goes with its feedback: without it, the states settle a little elsewhere.
+        """
+        self._check_readout(global_pool if num_classes and global_pool is not None else "avg", self.drop_rate)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self._center_output()
         self.head_hidden_size = self.head.num_features
 
-    def net(self) -> Net:
-        """The net as its energy sees it; differentiable with respect to the parameters."""
+    def _check_readout(self, global_pool: str, drop_rate: float) -> None:
+        if self.readout == "state" and (global_pool != "avg" or drop_rate):
+            raise ValueError(
+                f"readout='state' is part of the energy: it needs global_pool='avg' and drop_rate=0; got "
+                f"global_pool={global_pool!r} and drop_rate={drop_rate}."
+            )
+
+    def _center_output(self) -> None:
+        """Start an output state in the middle of its range: one held at 0 for all images would never learn."""
+        if self._output_settles:
+            nn.init.constant_(self.head.fc.bias, 0.5)
+
+    @property
+    def _output_settles(self) -> bool:
+        return self.readout == "state" and self.num_classes > 0
+
+    def net(self, size: tuple[int, int] | None = None) -> Net:
+        """The net as its energy sees it; differentiable with respect to the parameters.
+
+        Args:
+            size: height and width of the images; needed for `readout="state"`, whose kernel covers the whole of the
+                last convolution's state.
+        """
         fold = self.settings.pool == "avg"
         couplings, kernels, biases = [], [], []
         for layer, pooled in zip(self.layers, self.pooled, strict=True):
@@ -200,6 +249,14 @@ class EpVgg(nn.Module):
             kernels.append(fold_average_pool(kernel) if pooled and fold else kernel)
             biases.append(bias)
             couplings.append(Coupling(stride=2 if pooled and fold else 1, max_pool=pooled and not fold))
+        if self._output_settles:
+            if size is None:
+                raise ValueError("The net of a model with readout='state' depends on the image size; give size=(H, W).")
+            height, width = (pixels >> sum(self.pooled) for pixels in size)
+            kernel = self.head.fc.weight[:, :, None, None] / (height * width)
+            kernels.append(kernel.expand(-1, -1, height, width))
+            biases.append(self.head.fc.bias)
+            couplings.append(Coupling(padding=0))
         return Net(tuple(couplings), tuple(kernels), tuple(biases))
 
     def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -209,7 +266,8 @@ class EpVgg(nn.Module):
             x: images, (B, in_chans, H, W), floating point, finite.
 
         Returns:
-            s_1…s_N: s_l is (B, out_l, H / r_l, W / r_l) in [0, 1], with r_l = 2^(poolings up to l), rounded down.
+            s_1…s_N: s_l is (B, out_l, H / r_l, W / r_l) in [0, 1], with r_l = 2^(poolings up to l), rounded down. With
+            `readout="state"` also the output, (B, num_classes, 1, 1).
 
         Raises:
             TypeError: `x` is not a floating-point tensor of the model's dtype (or of any, under autocast).
@@ -217,7 +275,40 @@ class EpVgg(nn.Module):
                 CPU only, as it would make another device wait) pixels that are not finite.
         """
         self._check(x)
-        return equilibrium(self.net(), x, self.settings, recompute=self.grad_checkpointing)
+        return equilibrium(self._net_for(x), x, self.settings, recompute=self.grad_checkpointing)
+
+    def live_loss(
+        self, x: Tensor, loss: LossOfStates, parameters: Iterable[Tensor] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A loss whose `backward` is EP with forces recomputed in every nudged step and an absolute β.
+
+            loss, _ = model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))
+            loss.backward()
+
+        Args:
+            x: images, as for `equilibrium`.
+            loss: of the states s_1…s_N, a scalar, the mean over the batch. It is called in every nudged step.
+            parameters: of the loss, beside those of the model's read-out.
+
+        Returns:
+            The loss at the free equilibrium, and the free states, which carry no gradient.
+
+        Raises:
+            ValueError: `gradient` is not `ep`, the loss is no scalar, or depends on no state; images as for
+                `equilibrium`.
+        """
+        if self.settings.gradient != "ep":
+            raise ValueError(
+                f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
+                "model.equilibrium(x) instead."
+            )
+        self._check(x)
+        own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
+        unique = {id(parameter): parameter for parameter in (*own, *parameters)}
+        return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))
+
+    def _net_for(self, x: Tensor) -> Net:
+        return self.net((x.shape[-2], x.shape[-1]))
 
     def _check(self, x: Tensor) -> None:
         if not x.is_floating_point():
@@ -249,7 +340,8 @@ class EpVgg(nn.Module):
         """‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers: how well the net settles on these images."""
         self._check(x)
         changes: list[float] = []
-        free_phase(self.net(), x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
+        net = self._net_for(x)
+        free_phase(net, x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
         return changes
 
     def forward_intermediates(
@@ -279,42 +371,75 @@ class EpVgg(nn.Module):
         take, _ = feature_take_indices(len(self.feature_info), indices)
         states = self.equilibrium(x)
         intermediates = [states[self._taps[index]] for index in take]
-        return intermediates if intermediates_only else (states[-1], intermediates)
+        return intermediates if intermediates_only else (states[len(self.layers) - 1], intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Prune what the chosen features do not need: the read-out. All layers stay, as the upper ones feed back."""
+        """Prune what the chosen features do not need: the read-out. All that feeds back stays, whatever lies above."""
         take, _ = feature_take_indices(len(self.feature_info), indices)
-        if prune_head:
+        if prune_head and not self._output_settles:
             self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last state, (B, num_features, H / r, W / r)."""
-        return self.equilibrium(x)[-1]
+        """The last convolution's state, (B, num_features, H / r, W / r)."""
+        return self.equilibrium(x)[len(self.layers) - 1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) from the last state; the pooled state itself with `pre_logits`."""
-        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+        """Logits (B, num_classes) from the last convolution's state; the pooled state itself with `pre_logits`.
+
+        With `readout="state"` the value at which the output comes to rest above that state.
+        """
+        if pre_logits:
+            return self.head(x, pre_logits=True)
+        return self.head(x).clamp(0, 1) if self._output_settles else self.head(x)
+
+    def output(self, states: Sequence[Tensor]) -> Tensor:
+        """What `forward` returns, from the states of `equilibrium`."""
+        return states[-1].flatten(1) if self._output_settles else self.forward_head(states[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        """Logits (B, num_classes); with `readout="state"` the output state, in [0, 1]."""
+        return self.output(self.equilibrium(x))
 
 
 for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def _create(variant: str, architecture: str, width: float, pretrained: bool, /, **kwargs: Any) -> EpVgg:
-    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[architecture])
-    kwargs = {"architecture": scaled, "feedback": _FEEDBACK[architecture], **kwargs}
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Checks weights on timm's way into a model, whatever they were read from, and changes nothing.
+
+    timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
+    random. Shapes are compared by timm itself.
+
+    Raises:
+        ValueError: layers that are missing or not of this model, or values that are NaN or infinite.
+    """
+    found, expected = (
+        {name for name in names if not name.startswith("head.")} for names in (state_dict, model.state_dict())
+    )
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise ValueError(f"The weights are not of this model: missing {missing!s:.200}, unexpected {extra!s:.200}.")
+    for name, value in state_dict.items():
+        if not value.isfinite().all():
+            raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
+    return state_dict
+
+
+def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
+    scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[base])
+    kwargs = {"architecture": scaled, **kwargs}
+    if kwargs.get("preset", "fast") == "fast":
+        kwargs.setdefault("feedback", _FEEDBACK[base])
     resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
     return build_model_with_cfg(
         EpVgg,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
         **kwargs,
     )
@@ -339,10 +464,25 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _shipped(name: str) -> str:
+    """Path of weights that ship with the package; larger ones are named by `hf_hub_id`."""
+    return str(files("timm_ep") / "weights" / f"{name}.safetensors")
+
+
+# A star marks the default of an architecture: its number of classes and channels do not follow from what was released.
 default_cfgs = generate_default_cfgs(
     {
         "ep_vgg5.untrained": _cfg(32),
-        "ep_vgg5_025.untrained": _cfg(32),
+        "ep_vgg5_025.ep_digits": _cfg(
+            32,
+            file=_shipped("ep_vgg5_025.ep_digits"),
+            num_classes=10,
+            input_size=(1, 32, 32),
+            mean=(0.449,),
+            std=(0.226,),
+            label_names=tuple("0123456789"),
+        ),
+        "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.untrained": _cfg(32),
