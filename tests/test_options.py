@@ -207,7 +207,8 @@ def test_tensorboard_has_every_update_once_though_the_run_broke_off_and_was_resu
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
-    assert {"train/residual", "train/lr", "epoch/train_accuracy"} <= set(events.Tags()["scalars"])
+    tags = {"train/residual", "train/lr", "epoch/train_accuracy", "scaled_nudge/layer_01", "saturated/layer_04"}
+    assert tags <= set(events.Tags()["scalars"])
 
 
 def test_a_finished_run_does_not_fail_for_want_of_matplotlib(tmp_path, monkeypatch, capsys):

@@ -131,6 +131,17 @@ class RunLog:
                     self.events.add_scalar(f"epoch/{name}", value, row["epoch"])
             self.events.flush()
 
+    def write_layers(self, rows: list[dict[str, Any]]) -> None:
+        """Write layers.csv, and the rows of the last epoch as events: a curve for each quantity and layer."""
+        self.write(rows, "layers")
+        if self.events is not None and rows:
+            epoch = rows[-1]["epoch"]
+            for row in rows:
+                if row["epoch"] == epoch:
+                    for name in row.keys() - {"epoch", "layer"}:
+                        self.events.add_scalar(f"{name}/layer_{row['layer']:02d}", row[name], epoch)
+            self.events.flush()
+
     def write(self, rows: list[dict[str, Any]], name: str = "summary") -> None:
         """Write a table of the run as `name`.csv."""
         if self.primary and rows:

@@ -300,7 +300,7 @@ class TrainingLoop:
         progress.update = 0
         progress.epoch_seconds = progress.loss_sum = progress.correct = progress.seen = 0.0
         self.log.end_epoch(progress.rows)
-        self.log.write(progress.layers, "layers")
+        self.log.write_layers(progress.layers)
         self.log.write(progress.settling, "settling")
         self._save(best)
 

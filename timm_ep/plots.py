@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.cost import StepCost
@@ -15,26 +15,59 @@ from timm_ep.gradcheck import Report
 
 @dataclass
 class Plot:
-    """Draw the learning curves of runs side by side.
+    """Draw runs side by side: how they learned, or what each of their layers saw.
 
     Args:
         runs: a run's folder, or a folder of such folders.
         output: the picture; its suffix chooses the format (png, svg, pdf).
+        kind: `curves`: loss and accuracy over the epochs, with each run's test accuracy. `layers`: the nudge of every
+            layer (does it vanish with depth?) and the change of the states sweep by sweep (does the net settle?), in
+            the first epoch (dashed) and the last.
     """
 
     runs: Path
     output: Path = Path("curves.png")
+    kind: Literal["curves", "layers"] = "curves"
 
     def run(self) -> Path:
-        """Draw training loss and accuracy over epochs, with each run's test accuracy, and return the picture's path."""
-        folders = sorted(path.parent for path in self.runs.rglob(RESULTS_NAME))
+        """Draw, and return the picture's path.
+
+        Raises:
+            FileNotFoundError: no finished run there, or none with layers.
+        """
+        wanted = RESULTS_NAME if self.kind == "curves" else "layers.csv"
+        folders = sorted(path.parent for path in self.runs.rglob(wanted))
         if not folders:
-            raise FileNotFoundError(f"{self.runs} holds no finished run: no {RESULTS_NAME} in it or below.")
-        figure, (left, right) = _figure(2)
+            raise FileNotFoundError(f"{self.runs} holds no finished run: no {wanted} in it or below.")
+        figure, axes = _figure(2)
+        (self._draw_curves if self.kind == "curves" else self._draw_layers)(folders, *axes)
+        _save(figure, self.output)
+        return self.output
+
+    def _draw_layers(self, folders: list[Path], left: Any, right: Any) -> None:
+        for number, folder in enumerate(folders):
+            layers, settling = _read(folder / "layers.csv"), _read(folder / "settling.csv")
+            for epoch, style in {layers[0]["epoch"]: "--", layers[-1]["epoch"]: "-"}.items():
+                rows = [row for row in layers if row["epoch"] == epoch]
+                nudges = [float(row["scaled_nudge"]) or math.nan for row in rows]
+                label = folder.name if epoch == layers[-1]["epoch"] else None
+                left.plot([int(row["layer"]) for row in rows], nudges, f".{style}", color=f"C{number}", label=label)
+                changes: dict[int, float] = {}
+                for row in settling:
+                    if row["epoch"] == epoch and row["phase"] == "free":
+                        sweep = int(row["sweep"])
+                        changes[sweep] = max(changes.get(sweep, 0.0), float(row["residual"]))
+                right.plot(list(changes), list(changes.values()), f".{style}", color=f"C{number}")
+        left.set(xlabel="layer", ylabel="nudge / (β λ^(N−l)), r.m.s.", yscale="log")
+        right.set(xlabel="free sweep", ylabel="largest ‖Δs_l‖/‖s_l‖", yscale="log")
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        left.legend(fontsize="x-small")
+
+    def _draw_curves(self, folders: list[Path], left: Any, right: Any) -> None:
         for folder in folders:
             facts = RunFacts.load(folder / RESULTS_NAME)
-            with (folder / "summary.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = _read(folder / "summary.csv")
             epochs = [int(row["epoch"]) for row in rows]
             style = "--" if facts.settings.get("gradient") == "backprop" else "-"
             left.plot(epochs, [float(row["train_loss"]) for row in rows], style)
@@ -46,8 +79,11 @@ class Plot:
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="accuracy, %")
         right.legend(fontsize="x-small")
-        _save(figure, self.output)
-        return self.output
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def draw_steps(report: Report, output: Path) -> None:
