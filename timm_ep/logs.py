@@ -99,7 +99,7 @@ class RunLog:
         shown = {
             "loss": f"{pulse.loss:.3f}",
             "accuracy": f"{pulse.accuracy:.1%}",
-            "residual": f"{pulse.residual:.1e}/{pulse.sweeps}",
+            **({"residual": f"{pulse.residual:.1e}/{pulse.sweeps}"} if pulse.sweeps else {}),
             "images/s": f"{pulse.rate:.0f}",
             "left": duration(seconds),
         }
@@ -120,10 +120,11 @@ class RunLog:
         row, done = rows[-1], rows[-1]["epoch"] * self.updates
         seconds = (time.monotonic() - self.started) / max(done - self.first, 1) * (self.epochs * self.updates - done)
         validated = "" if row["val_accuracy"] == "" else f", validation {row['val_accuracy']:.1f} %"
+        settled = f", residual {row['residual']:.1e} after {row['sweeps']} sweeps" if row["sweeps"] else ""
         self.say(
             f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:.1f} %"
-            f"{validated}, residual {row['residual']:.1e} after {row['sweeps']} sweeps, {row['images_per_second']:.0f} "
-            f"images/s, {duration(row['seconds'])}, {duration(seconds)} left"
+            f"{validated}{settled}, {row['images_per_second']:.0f} images/s, {duration(row['seconds'])}, "
+            f"{duration(seconds)} left"
         )
         if self.events is not None:
             for name, value in row.items():
