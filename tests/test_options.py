@@ -283,7 +283,7 @@ def test_seconds_and_updates_between_checkpoints():
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_options_of_today(recipe):
-    """Every key is an option, every value is in its range, and the steps in its comments differ from it by options too."""
+    """Every key is an option and every value in its range; the commands in its comments name options too."""
     values = yaml.safe_load(recipe.read_text())
     options = TrainingOptions(**values)
     assert {name: value for name, value in options.plain().items() if name in values} == values
