@@ -397,6 +397,6 @@ def test_the_trainer_takes_the_live_path_and_saves_the_same_net(readout, tmp_pat
 def test_squared_error_trains_an_output_inside_the_dynamics(tmp_path):
     """Chance is 10 %. At a small learning rate: an output that a large one drives below 0 for all images is stuck."""
     options = {"train_images": 640, "epochs": 4, "lr": 5e-4, "quiet": True}
-    assert Trainer(output=tmp_path, model_args={"readout": "state"}, **options).run().top1 > 30
+    assert Trainer(output=tmp_path / "one", model_args={"readout": "state"}, **options).run().top1 > 30
     with pytest.raises(ValueError, match=r"smoothing=0\.1 is of cross-entropy"):
-        Trainer(output=tmp_path, model_args={"readout": "state"}, smoothing=0.1, train_images=64).run()
+        Trainer(output=tmp_path / "other", model_args={"readout": "state"}, smoothing=0.1, train_images=64).run()
