@@ -175,4 +175,4 @@ def test_grey_images_are_predicted_whatever_their_mode(run, tmp_path):
 @pytest.mark.slow
 def test_quickstart_reaches_97_percent(tmp_path):
     """The quickstart's own options."""
-    assert Trainer(epochs=15, augment="crop", output=tmp_path, quiet=True).run().top1 >= 97
+    assert Trainer(epochs=15, batch_size=32, augment="crop", output=tmp_path, quiet=True).run().top1 >= 97
