@@ -171,7 +171,7 @@ def _accuracy_panel(ax: Any, group: str, rows: list[Row]) -> None:
 def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[str, float]]]) -> None:
     """The deepest EP nets of the group, at the end of the first epoch."""
     deepest = max(row.depth for row in rows if row.group == group)
-    for row, table in zip(rows, layers, strict=True):
+    for row, table in sorted(zip(rows, layers, strict=True), key=lambda pair: TRAININGS.index(pair[0].training)):
         if (row.group, row.depth) == (group, deepest) and row.training != "backprop":
             first = [one for one in table if one["epoch"] == table[0]["epoch"]]
             ax.semilogy(
