@@ -20,6 +20,7 @@ COMMANDS = {
     "plot": ("timm_ep.plots", "Plot"),
     "study": ("timm_ep.study", "Study"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
+    "benchmark": ("timm_ep.benchmark", "Benchmark"),
     "cost": ("timm_ep.cost", "Cost"),
     "card": ("timm_ep.cards", "Card"),
     "publish": ("timm_ep.hub", "Publish"),
