@@ -205,8 +205,10 @@ def test_a_run_killed_from_outside_again_and_again_with_workers_is_the_same_too(
         process.kill()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
+    before = updates_seen(tmp_path)
     assert in_process(tmp_path, resume=True) == 0
-    assert_as_if_unbroken(tmp_path, unbroken)
+    # On a quick machine the last kill can come after the last update.
+    assert_as_if_unbroken(tmp_path, unbroken, trained=updates_seen(tmp_path) > before)
 
 
 def updates_seen(output):
