@@ -193,18 +193,21 @@ def test_a_run_killed_and_resumed_is_bit_for_bit_the_run_never_killed(kill, unbr
 @pytest.mark.slow
 def test_a_run_killed_from_outside_again_and_again_with_workers_is_the_same_too(unbroken, tmp_path):
     """At moments that nobody chose; with worker processes, and without in between."""
-    moments = random.Random(time.time_ns())
+    moments, codes = random.Random(time.time_ns()), []
     for workers in (2, 0, 1):
         before = updates_seen(tmp_path)
         process = processes.Process(target=train, args=(tmp_path,), kwargs={"resume": True, "workers": workers})
         process.start()
         deadline = time.monotonic() + 60
-        while updates_seen(tmp_path) < before + 3 and time.monotonic() < deadline:
+        while updates_seen(tmp_path) < before + 2 and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.05))
         process.kill()
         process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+        codes.append(process.exitcode)
+    # Two of 15 updates in, the first is killed for certain; on a quick machine a later one may have reached the end.
+    assert codes[0] == -signal.SIGKILL
+    assert set(codes) <= {0, -signal.SIGKILL}
     before = updates_seen(tmp_path)
     assert in_process(tmp_path, resume=True) == 0
     # On a quick machine the last kill can come after the last update.
