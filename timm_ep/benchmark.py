@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from timm_ep.gradcheck import gradient_check
-from timm_ep.models import EpVgg
 from timm_ep.task import EpTask
 
 __all__ = ["Benchmark", "BenchmarkResult"]
@@ -81,7 +80,7 @@ class Benchmark:
                 seconds.append(self._step(task, images, labels))
         model.gradient = "ep"
         ep, backprop = (_quartiles(seconds[1:]) for seconds in times.values())
-        cosine = self._worst_cosine(model, images[:_CHECKED], labels[:_CHECKED])
+        cosine = min(row.cosine for row in gradient_check(model, images[:_CHECKED], labels[:_CHECKED]))
         result = BenchmarkResult(ep, backprop, ep[1] / backprop[1], cosine)
         print(json.dumps(asdict(result), indent=2) if self.json else self._text(result))
         return result
@@ -94,9 +93,6 @@ class Benchmark:
         seconds = time.perf_counter() - started
         task.zero_grad()
         return seconds
-
-    def _worst_cosine(self, model: EpVgg, images: Tensor, labels: Tensor) -> float:
-        return min(row.cosine for row in gradient_check(model, images, labels))
 
     def _text(self, result: BenchmarkResult) -> str:
         lines = [f"{self.model}, {self.batch_size} images of {self.img_size}×{self.img_size}: one training step"]
