@@ -34,7 +34,9 @@ def _derived(stream: Stream, *position: int) -> int:
 
 
 def seed_everything(stream: Stream, *position: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (those of every device) by a position such as (seed, epoch, step).
+    """Seed Python's, NumPy's and torch's generators by a position such as (seed, epoch, step).
+
+    Those of CUDA devices are seeded where CUDA is in use.
 
     Args:
         stream: what the random numbers are for.
@@ -43,7 +45,11 @@ def seed_everything(stream: Stream, *position: int) -> None:
     seed = _derived(stream, *position)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed, which notes a stack trace for every kind of device that was never used: for small images
+    # that took longer than loading and augmenting them.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 class Samples(Dataset[tuple[Tensor, int, int]]):
