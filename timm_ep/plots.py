@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
-from timm_ep.cost import StepCost
+from timm_ep.cost import SweepCost
 from timm_ep.files import replacing
 from timm_ep.gradcheck import Report
 
@@ -185,11 +185,11 @@ def _save(figure: Any, output: Path) -> None:
         figure.savefig(temporary, format=output.suffix.lstrip(".") or "png")
 
 
-def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
+def draw_costs(costs: Sequence[SweepCost], title: str, output: Path) -> None:
     """Memory and time of a training step over the number of sweeps, EP beside BPTT.
 
     Args:
-        costs: of both gradients.
+        costs: of both gradients, and of backprop, which has no sweeps and is drawn as a line.
         title: the model's name.
         output: the picture; its suffix chooses the format.
     """
@@ -199,6 +199,9 @@ def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
         sweeps = [row.sweeps for row in rows]
         axes[0].plot(sweeps, [row.megabytes for row in rows], ".-", label=label)
         axes[1].plot(sweeps, [row.seconds for row in rows], ".-", label=label)
+    for row in (cost for cost in costs if cost.gradient == "backprop"):
+        for axis, value in zip(axes, (row.megabytes, row.seconds), strict=True):
+            axis.axhline(value, color="0.5", lw=0.8, label="backprop, feedforward twin")
     for axis, quantity in zip(axes, ("peak memory of a training step, MB", "time of a training step, s"), strict=True):
         axis.set(xlabel="T: free sweeps, and nudged ones", ylabel=quantity, xscale="log", yscale="log")
         axis.set_xticks(sweeps, [str(value) for value in sweeps])
