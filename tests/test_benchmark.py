@@ -137,7 +137,7 @@ def test_the_parts_are_the_steps_of_the_classic_algorithm(monkeypatch):
 
 def test_the_classic_reference_agrees_with_the_package_s_own_classic_preset(monkeypatch):
     """Both beside the exact gradient of the same net, at fewer steps than the literature's."""
-    few = Settings.preset("classic", free_sweeps=30, nudged_sweeps=5, beta=0.1)
+    few = Settings.preset("classic", free_sweeps=60, nudged_sweeps=30, beta=0.1)
     monkeypatch.setattr(classic, "CLASSIC", few)
     monkeypatch.setattr(classic, "_BETAS", (0.1, -0.1))
     model, (images, labels) = make_net(4, gain=0.5), make_batch()
@@ -145,7 +145,7 @@ def test_the_classic_reference_agrees_with_the_package_s_own_classic_preset(monk
     model.settings = few
     for row, ours in zip(rows, gradient_check(model, images, labels), strict=True):
         assert_close((row.cosine, row.norm_ratio), (ours.cosine, ours.norm_ratio), rtol=1e-6, atol=1e-6)
-    assert rows[-1].cosine > 0.9
+    assert min(row.cosine for row in rows) > 0.99
 
 
 @pytest.mark.slow
