@@ -326,8 +326,9 @@ def _held_sum(
     present = [pull for pull in pulls if pull is not None]
     if not present and force is None:
         return None
-    total = torch.sub(preactivation, state).mul_(scale)
-    for pull in present:
+    held = torch.sub(preactivation, state)
+    total = torch.add(present[0], held, alpha=scale) if present else held.mul_(scale)
+    for pull in present[1:]:
         total.add_(pull)
     if force is not None:
         total.sub_(force)

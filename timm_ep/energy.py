@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
+
+from timm_ep.convolution import adjoint, convolve, kernel_gradient
 
 
 def fold_average_pool(kernel: Tensor) -> Tensor:
@@ -110,30 +111,26 @@ class Net(NamedTuple):
     def drive(self, layer: int, below: Tensor) -> Drive:
         """P(W ⋆ `below`) + b."""
         coupling = self.couplings[layer]
-        out = F.conv2d(below, self.kernels[layer], self.biases[layer], coupling.stride, coupling.padding)
+        out = convolve(below, self.kernels[layer], self.biases[layer], coupling.stride, coupling.padding)
         return max_pool(out) if coupling.max_pool else Drive(out)
 
     def push(self, layer: int, difference: Tensor) -> Tensor:
         """W ⋆ `difference`: by how much W ⋆ s moves with s."""
         coupling, kernel = self.couplings[layer], self._short_kernel(layer)
-        out = F.conv2d(difference.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding)
+        out = convolve(difference.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding)
         return out.to(self.kernels[layer].dtype)
 
     def feedback(self, layer: int, above: Tensor, below: Tensor) -> Tensor:
         """Wᵀ ⋆ `above`: the adjoint of the convolution, in the spatial size of `below` (odd sizes included)."""
         coupling, kernel = self.couplings[layer], self._short_kernel(layer)
-        pads = [
-            size - ((out - 1) * coupling.stride - 2 * coupling.padding + tap)
-            for size, out, tap in zip(below.shape[-2:], above.shape[-2:], kernel.shape[-2:], strict=True)
-        ]
-        out = F.conv_transpose2d(above.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding, pads)
+        out = adjoint(above.to(kernel.dtype), kernel, below.shape[-2:], coupling.stride, coupling.padding)
         return out.to(self.kernels[layer].dtype)
 
     def kernel_contrast(self, layer: int, below: Tensor, above: Tensor) -> Tensor:
         """`above` ⊗ `below` = ∂⟨above, W ⋆ below⟩/∂W, summed over the batch."""
         coupling, kernel = self.couplings[layer], self._short_kernel(layer)
         below, above = below.to(kernel.dtype), above.to(kernel.dtype)
-        out = conv2d_weight(below, list(kernel.shape), above, coupling.stride, coupling.padding)
+        out = kernel_gradient(below, above, kernel, coupling.stride, coupling.padding)
         return out.to(self.kernels[layer].dtype)
 
     def _short_kernel(self, layer: int) -> Tensor:

@@ -18,7 +18,8 @@ class Settings:
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
-            estimate has a bias of order β and the difference form loses nothing at small β. Negative nudges away.
+            estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
+            be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
         tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
             this. 0 runs all sweeps and never waits for the device.
         nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `random-sign`: the same with the sign of β drawn for each batch from
@@ -54,7 +55,7 @@ class Settings:
     feedback: float = 0.02
     free_sweeps: int = 4
     nudged_sweeps: int = 1
-    beta: float = 1e-3
+    beta: float = 1e-6
     tol: float = 0.0
     nudging: Literal["one-sided", "centered", "random-sign"] = "one-sided"
     forces: Literal["frozen", "live"] = "frozen"
@@ -82,7 +83,7 @@ class Settings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
         if self.beta == 0:
-            raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 0.001.")
+            raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
 
     @property
     def live(self) -> bool:

@@ -1,0 +1,81 @@
+"""The three products of a convolution: forwards, its adjoint, and the gradient of its kernel.
+
+On a CPU, convolutions of small maps spend their time on arranging the kernel, which is larger than what it is applied
+to: as matrix products of patches they take a third to a tenth of it. The results are the same up to rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+# Positions of the upper map up to which the matrix product is the faster one, for 64 to 128 images and 128 to 512
+# channels. The kernel's gradient is by far the slowest as a convolution.
+_SMALL_MAP = 4
+_SMALL_MAP_OF_GRADIENT = 16
+
+
+def convolve(below: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """W ⋆ `below` + b: as `F.conv2d`."""
+    height, width = _upper_size(below, kernel, stride, padding)
+    if not _is_small(below, height * width, _SMALL_MAP):
+        return F.conv2d(below, kernel, bias, stride, padding)
+    out = F.linear(_patches(below, kernel, stride, padding), _as_matrix(kernel), bias)
+    return out.view(len(below), height, width, len(kernel)).permute(0, 3, 1, 2)
+
+
+def adjoint(above: Tensor, kernel: Tensor, size: torch.Size, stride: int, padding: int) -> Tensor:
+    """Wᵀ ⋆ `above`, on a map of `size` (height, width), odd ones included: as `F.conv_transpose2d`."""
+    height, width = above.shape[-2:]
+    rows, columns = kernel.shape[-2:]
+    if not _is_small(above, height * width, _SMALL_MAP):
+        pads = [
+            full - ((out - 1) * stride - 2 * padding + taps)
+            for full, out, taps in zip(size, (height, width), (rows, columns), strict=True)
+        ]
+        return F.conv_transpose2d(above, kernel, None, stride, padding, pads)
+    patches = (_positions(above) @ _as_matrix(kernel)).view(len(above), height, width, rows, columns, kernel.shape[1])
+    padded = patches.new_zeros(len(above), size[0] + 2 * padding, size[1] + 2 * padding, kernel.shape[1])
+    for row in range(rows):
+        for column in range(columns):
+            part = padded[:, row : row + stride * height : stride, column : column + stride * width : stride]
+            part.add_(patches[:, :, :, row, column])
+    return padded[:, padding : padding + size[0], padding : padding + size[1]].permute(0, 3, 1, 2)
+
+
+def kernel_gradient(below: Tensor, above: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+    """∂⟨`above`, W ⋆ `below`⟩/∂W, summed over the batch, in the shape of `kernel`."""
+    if not _is_small(above, above.shape[-2] * above.shape[-1], _SMALL_MAP_OF_GRADIENT):
+        return conv2d_weight(below, list(kernel.shape), above, stride, padding)
+    out_chs, in_chs, rows, columns = kernel.shape
+    gradient = _positions(above).t() @ _patches(below, kernel, stride, padding)
+    return gradient.view(out_chs, rows, columns, in_chs).permute(0, 3, 1, 2)
+
+
+def _is_small(map_: Tensor, positions: int, limit: int) -> bool:
+    return map_.device.type == "cpu" and positions <= limit
+
+
+def _upper_size(below: Tensor, kernel: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    height, width = (
+        (size + 2 * padding - taps) // stride + 1
+        for size, taps in zip(below.shape[-2:], kernel.shape[-2:], strict=True)
+    )
+    return height, width
+
+
+def _patches(below: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+    """What the kernel sees at each position, (B · positions, k · k · in)."""
+    padded = F.pad(below.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    windows = padded.unfold(1, kernel.shape[2], stride).unfold(2, kernel.shape[3], stride)
+    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel[0].numel())
+
+
+def _positions(above: Tensor) -> Tensor:
+    """(B · positions, out)."""
+    return above.permute(0, 2, 3, 1).reshape(-1, above.shape[1])
+
+
+def _as_matrix(kernel: Tensor) -> Tensor:
+    """(out, k · k · in): taps before channels, as in `_patches`."""
+    return kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1)
