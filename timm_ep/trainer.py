@@ -77,7 +77,7 @@ class Trainer(TrainingOptions):
         world.from_primary(None)  # nobody leaves before the primary process has written everything
         return facts
 
-    def _finish(self, loop: TrainingLoop, images: RunImages, model: nn.Module) -> RunFacts:
+    def _finish(self, loop: TrainingLoop, images: RunImages, model: Any) -> RunFacts:
         """Test once, and write what the run is for."""
         world, progress, task = loop.world, loop.progress, loop.task
         if progress.best_epoch and progress.best_epoch != progress.epoch:
@@ -88,7 +88,7 @@ class Trainer(TrainingOptions):
         tested = loop.evaluate(plain_loader(self, images.source.test, images, world))
         progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
         facts = RunFacts(
-            architecture=self.model,
+            architecture=model.pretrained_cfg["architecture"],
             command=shlex.join(["timm-ep", *sys.argv[1:]]),
             seed=self.seed,
             dataset=self.dataset,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
@@ -235,6 +235,12 @@ class EpVgg(nn.Module):
     def _output_settles(self) -> bool:
         return self.readout == "state" and self.num_classes > 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything inside the dynamics does: where all of it is frozen, nothing has to be nudged."""
+        inside = self if self._output_settles else self.layers
+        return any(parameter.requires_grad for parameter in inside.parameters())
+
     def net(self, size: tuple[int, int] | None = None) -> Net:
         """The net as its energy sees it; differentiable with respect to the parameters.
 
@@ -409,10 +415,11 @@ for _name in SETTING_NAMES:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checks weights on timm's way into a model, whatever they were read from, and changes nothing.
+    """Checks weights on timm's way into a model, whatever they were read from.
 
     timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
-    random. Shapes are compared by timm itself.
+    random. Shapes are compared by timm itself, which then fits the first convolution to images of other channels. As
+    its kernel is standardised anew over these, its gain is fitted here: a grey image drives the layer as before.
 
     Raises:
         ValueError: layers that are missing or not of this model, or values that are NaN or infinite.
@@ -426,7 +433,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     for name, value in state_dict.items():
         if not value.isfinite().all():
             raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
-    return state_dict
+    weight = state_dict["layers.0.weight"]
+    fitted = adapt_input_conv(model.in_chans, weight, base_chans=weight.shape[1])
+    sizes = (kernel.double().flatten(1).std(1, correction=0) * kernel[0].numel() ** 0.5 for kernel in (fitted, weight))
+    ratio = torch.nan_to_num(next(sizes) / next(sizes), nan=1.0)
+    return {**state_dict, "layers.0.gain": state_dict["layers.0.gain"] * ratio.to(weight.dtype)}
 
 
 def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
