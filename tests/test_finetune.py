@@ -8,15 +8,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import param_groups_layer_decay
 from timm.utils import freeze
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from timm_ep import dynamics, loop
 from timm_ep.assembly import create_model, open_images
 from timm_ep.cards import RunFacts
 from timm_ep.checkpoints import CheckpointStore
-from timm_ep.data import create_loader, image_transform, open_data
+from timm_ep.data import create_loader, open_data
 from timm_ep.evaluate import Validate, evaluate, load_run, run_transform
 from timm_ep.options import TrainingOptions
 from timm_ep.signals import LocalErrors
@@ -111,16 +112,16 @@ def test_a_run_is_a_start_with_its_weights_settings_and_preparation(start, few):
     assert images.mean == pytest.approx([trained.pretrained_cfg["mean"][0]] * 3)
     changed = create_model(TrainingOptions(**base, model_args={"feedback": 0.01}, gradient="bptt"), images.source)
     assert (changed.feedback, changed.pool, changed.gradient) == (0.01, "max", "bptt")
-    of_file = create_model(TrainingOptions(**{**base, "initial_checkpoint": start / "model.safetensors"}), images.source)
+    of_file = create_model(
+        TrainingOptions(**{**base, "initial_checkpoint": start / "model.safetensors"}), images.source
+    )
     assert equal(body_of(of_file), body_of(model))
 
 
 def test_a_file_of_weights_alone_is_a_start(start, few, tmp_path):
     trained, _ = load_run(start)
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
-    options = TrainingOptions(
-        **QUICK, **few, initial_checkpoint=tmp_path / "weights.safetensors", model_args=NARROW
-    )
+    options = TrainingOptions(**QUICK, **few, initial_checkpoint=tmp_path / "weights.safetensors", model_args=NARROW)
     images, model = open_images(options)
     assert equal(body_of(model), {k: v for k, v in body_of(trained).items() if not k.startswith("layers.0")})
     digits = create_model(options, open_data("digits"))
@@ -272,9 +273,54 @@ def test_what_is_frozen_stays_through_weight_decay_averaging_and_resuming(start,
 
 
 @pytest.fixture(scope="module")
-def digits_0_to_6(tmp_path_factory):
-    """A run on seven of the ten digits, and 20 training images of the three it never saw."""
+def transfer(tmp_path_factory):
+    """A run on seven of the ten digits, and 30 training images of the three that it never saw."""
     folder = tmp_path_factory.mktemp("transfer")
     seen = {"dataset": "folder", "data_dir": write_digits(folder / "seen", "0123456")}
-    Trainer(**seen, epochs=4, batch_size=32, augment="crop", quiet=True, output=folder / "run").run()
-    return folder / "run", {"dataset": "folder", "data_dir": write_digits(folder / "unseen", "789", 60)}
+    Trainer(**seen, epochs=5, batch_size=32, quiet=True, output=folder / "run").run()
+    return folder / "run", write_digits(folder / "unseen", "789", 30)
+
+
+def by_trainer(run, data_dir, seed, output, frozen=False):
+    start = {} if run is None else {"initial_checkpoint": run, "opt_kwargs": {"layer_decay": 0.7}}
+    if frozen:
+        start = {"initial_checkpoint": run, "freeze_layers": ["layers"], "lr": 0.1}
+    options = {"dataset": "folder", "data_dir": data_dir, "epochs": 1, "batch_size": 6, "quiet": True}
+    return Trainer(**options, **start, seed=seed, output=output).run().top1
+
+
+def by_plain_loop(run, data_dir, seed, output, frozen=False):
+    torch.manual_seed(seed)
+    name = "ep_vgg5_025" if run is None else f"local-dir:{run}"
+    model = timm.create_model(name, pretrained=run is not None, num_classes=3)
+    if frozen:
+        freeze(model, ["layers"])
+    data = open_data("folder", data_dir)
+    data.train.transform = data.test.transform = run_transform(model)
+    decay = 1.0 if run is None or frozen else 0.7
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=decay)
+    for group in groups:
+        group["lr"] = (0.1 if frozen else 2e-3) * group["lr_scale"]
+    optimizer = torch.optim.AdamW(groups)
+    for images, labels in DataLoader(data.train, 6, shuffle=True):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return evaluate(model, create_loader(data.test, 256)).top1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [by_trainer, by_plain_loop])
+def test_a_trained_body_learns_new_classes_from_less_than_a_new_one_does(train, transfer, tmp_path):
+    """Five updates with 30 images of digits that the body never saw, mean of four seeds."""
+    run, data_dir = transfer
+
+    def mean_accuracy(name, *args):
+        return sum(train(*args[:1], data_dir, seed, tmp_path / f"{name}-{seed}", *args[1:]) for seed in range(4)) / 4
+
+    scratch = mean_accuracy("scratch", None)
+    whole, frozen = mean_accuracy("whole", run), mean_accuracy("frozen", run, True)
+    print(f"scratch {scratch:.1f} %, whole {whole:.1f} %, frozen body {frozen:.1f} %")
+    assert whole > scratch + 12
+    assert frozen > scratch + 7

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from timm.models import save_for_hf
-from torch import nn
 
 from timm_ep.assembly import RunImages, create_loop, open_images, plain_loader
 from timm_ep.cards import RESULTS_NAME, RunFacts
