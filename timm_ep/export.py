@@ -59,7 +59,12 @@ def save(
         save_for_hf(
             model,
             temporary,
-            model_config={**seen, "num_classes": len(classes), "label_names": list(classes)},
+            model_config={
+                **seen,
+                "pretrained_cfg": {"tag": ""},  # it names weights that were released; these are others
+                "num_classes": len(classes),
+                "label_names": list(classes),
+            },
             model_args={**settings, **(model_args or {}), "in_chans": len(mean)},
             data_config=seen,
             safe_serialization=True,
