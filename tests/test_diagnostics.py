@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 from conftest import make_batch, make_net
-from reference import Reference
 
 from timm_ep.diagnostics import diagnose
+from timm_ep.reference import Reference
 from timm_ep.signals import LocalErrors
 from timm_ep.task import EpTask
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from conftest import make_batch, make_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Reference
 from torch.testing import assert_close
 
 from timm_ep.dynamics import Settings, _sweep, coordinate_scales, feedforward_pass, free_phase, nudged_phase
 from timm_ep.energy import energy
+from timm_ep.reference import Reference
 
 
 def settle(model, x, **kwargs):

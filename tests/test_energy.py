@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, make_net
-from reference import Reference
 from torch.testing import assert_close
 
 from timm_ep.energy import Coupling, Net, energy, fold_average_pool, max_pool
+from timm_ep.reference import Reference
 
 F64 = {"dtype": torch.float64}
 COUPLINGS = {

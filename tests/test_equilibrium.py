@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, make_net
-from reference import Reference
 from torch.testing import assert_close
+
+from timm_ep.reference import Reference
 
 
 def gradients(model, x, y, gradient="ep", scale=1.0, **settings):

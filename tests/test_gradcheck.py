@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import make_batch, make_net
 from PIL import Image
-from reference import Reference
 
 from timm_ep import cli, gradient_check
 from timm_ep.evaluate import feedback_share
 from timm_ep.gdu import step_check
 from timm_ep.losses import readout_criterion
+from timm_ep.reference import Reference
 
 
 def test_rows_are_the_cosine_and_ratio_of_the_two_gradients():

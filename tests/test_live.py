@@ -9,7 +9,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import make_batch
-from reference import Classic, Reference
 from torch.testing import assert_close
 
 from timm_ep import EpVgg, Settings
@@ -17,6 +16,7 @@ from timm_ep.dynamics import coordinate_scales, free_phase, nudged_phase, nudged
 from timm_ep.evaluate import Validate
 from timm_ep.losses import SquaredError, readout_criterion
 from timm_ep.predict import Predict
+from timm_ep.reference import Classic, Reference
 from timm_ep.settings import PRESETS
 from timm_ep.signals import LocalErrors
 from timm_ep.task import EpTask

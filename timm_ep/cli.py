@@ -23,6 +23,7 @@ COMMANDS = {
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
     "benchmark": ("timm_ep.benchmark", "Benchmark"),
     "cost": ("timm_ep.cost", "Cost"),
+    "scaling": ("timm_ep.scaling", "Scaling"),
     "card": ("timm_ep.cards", "Card"),
     "publish": ("timm_ep.hub", "Publish"),
     "pull": ("timm_ep.hub", "Pull"),

@@ -33,13 +33,30 @@ Trace = Callable[[list[Tensor]], None]
 class FreePhase(NamedTuple):
     """Where the free phase is: per layer the state s_l, the pre-activation u_l with s_l = clip(u_l), and the products.
 
-    A product is None once the neighbour it was computed from has moved.
+    A product is None once the neighbour it was computed from has moved. With a short dtype for differences the drive
+    stays instead, and `moves` holds by how much s_l has moved since the drive of the layer above was computed.
     """
 
     states: list[Tensor]
     preactivations: list[Tensor]
     drives: list[Drive | None]
     feedbacks: list[Tensor | None]
+    moves: list[Tensor | None]
+
+    def copy(self) -> "FreePhase":
+        """The same tensors in lists of their own."""
+        return FreePhase(*map(list, self))
+
+    def newest_drive(self, net: Net, layer: int) -> Drive:
+        """The drive of a layer above the first (or the first's, which never moves) at the present states."""
+        known, move = self.drives[layer], self.moves[layer - 1] if layer else None
+        if known is None:
+            known = net.drive(layer, self.states[layer - 1])
+        elif move is not None:
+            known = known.shifted(net.push(layer, move))
+            self.moves[layer - 1] = None
+        self.drives[layer] = known
+        return known
 
 
 class NudgedPhase(NamedTuple):
@@ -74,47 +91,45 @@ def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
         return drive.value.clamp(0, 1), drive
 
     run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-    phase = FreePhase([], [], [], [])
+    phase = FreePhase([], [], [], [], [])
     for index in range(len(net.kernels)):
         state, drive = run(index, phase.states[-1] if index else x)
         phase.states.append(state)
         phase.preactivations.append(drive.value)
         phase.drives.append(drive)
         phase.feedbacks.append(None)
+        phase.moves.append(None)
     return phase
 
 
 def _sweep(net: Net, phase: FreePhase, groups: list[list[int]], feedback: float) -> FreePhase:
-    """One update of every layer."""
-    states, preactivations = list(phase.states), list(phase.preactivations)
-    drives, feedbacks = list(phase.drives), list(phase.feedbacks)
+    """One update of every layer in the groups. The phase itself moves on, so that old tensors are freed on the way."""
+    states, preactivations, drives, feedbacks, moves = phase
     top = len(states) - 1
-
-    def drive(layer: int) -> Drive:
-        fresh = drives[layer] or net.drive(layer, states[layer - 1])
-        drives[layer] = fresh
-        return fresh
 
     for group in groups:
         for layer in group:
-            preactivations[layer] = drive(layer).value
-        for layer in group:
+            preactivations[layer] = phase.newest_drive(net, layer).value
             if layer < top and feedback:
                 back = feedbacks[layer]
                 if back is None:
                     above = states[layer + 1]
                     if net.couplings[layer + 1].max_pool:
-                        above = drive(layer + 1).route(above)
+                        above = phase.newest_drive(net, layer + 1).route(above)
                     back = net.feedback(layer + 1, above, states[layer])
                     feedbacks[layer] = back
                 preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback)
         for layer in group:
-            states[layer] = preactivations[layer].clamp(0, 1)
+            before, states[layer] = states[layer], preactivations[layer].clamp(0, 1)
             if layer:
                 feedbacks[layer - 1] = None
             if layer < top:
-                drives[layer + 1] = None
-    return FreePhase(states, preactivations, drives, feedbacks)
+                if net.half is None:
+                    drives[layer + 1] = None
+                elif drives[layer + 1] is not None:
+                    move, earlier = (states[layer] - before).to(net.half[layer].dtype), moves[layer]
+                    moves[layer] = move if earlier is None else move.add_(earlier)
+    return phase
 
 
 def relative_changes(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
@@ -147,22 +162,34 @@ def free_phase(
     depth, first = len(phase.states), 0
     if settings.start == "zero":
         zeros = [torch.zeros_like(state) for state in phase.states]
-        phase = FreePhase(zeros, zeros, [phase.drives[0], *[None] * (depth - 1)], [None] * depth)
+        nothing = [None] * depth
+        phase = FreePhase(zeros, list(zeros), [phase.drives[0], *nothing[1:]], list(nothing), list(nothing))
         first = 1  # upwards: there is nothing above to come down
     elif settings.feedback == 0:
         return phase  # the feedforward pass is the equilibrium
-    sweep = partial(checkpoint, _sweep, use_reentrant=False) if recompute else _sweep
+    measures = trace is not None or (settings.tol > 0 and not x.is_meta)
     for step in range(first, first + settings.free_sweeps):
-        previous = phase
-        phase = sweep(net, phase, update_groups(settings.update, depth, step), settings.feedback)
-        if trace or (settings.tol and not x.is_meta):
+        groups = update_groups(settings.update, depth, step)
+        if settings.update == "sweep" and (step > first or settings.start == "feedforward"):
+            groups = groups[1:]  # the layer at which the direction turns has just been updated
+        before = list(phase.states) if measures else []
+        if recompute:
+            phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
+        else:
+            phase = _sweep(net, phase, groups, settings.feedback)
+        if measures:
             with torch.no_grad():
-                changes = relative_changes(phase.states, previous.states)
+                changes = relative_changes(phase.states, before)
             if trace:
                 trace(changes)
             if settings.tol and torch.stack(changes).max() < settings.tol:
                 break
     return phase
+
+
+def _sweep_copy(net: Net, phase: FreePhase, groups: list[list[int]], feedback: float) -> FreePhase:
+    """As `_sweep`, of a phase that stays where it is, to settle again from."""
+    return _sweep(net, phase.copy(), groups, feedback)
 
 
 def phase_at(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> FreePhase:
@@ -179,7 +206,7 @@ def phase_at(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> 
         drive.value if back is None else torch.add(drive.value, back, alpha=feedback)
         for drive, back in zip(drives, feedbacks, strict=True)
     ]
-    return FreePhase(list(states), preactivations, list(drives), feedbacks)
+    return FreePhase(list(states), preactivations, list(drives), feedbacks, [None] * len(states))
 
 
 def nudging_strengths(settings: Settings) -> tuple[float, ...]:
@@ -239,7 +266,8 @@ def nudged_phase(
     rises: list[Tensor | None] = [None] * depth  # what comes from below,
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
     for sweep in range(settings.nudged_sweeps):
-        before = list(phase.deltas)
+        last = sweep == settings.nudged_sweeps - 1
+        before = list(phase.deltas) if trace else []
         pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
         for group in update_groups(settings.update, depth, sweep):
             for layer in group:
@@ -261,6 +289,8 @@ def nudged_phase(
                     falls[layer - 1] = None
                 if layer + 1 < depth:
                     rises[layer + 1] = None
+                if last:  # no longer needed
+                    rises[layer] = falls[layer] = None
         if trace:
             trace(_delta_changes(phase.deltas, before))
         if watch:
@@ -313,7 +343,7 @@ def _rise(
     below = phase.deltas[layer - 1] if layer else None
     if below is None:
         return None
-    at_rest, change = free.drives[layer], net.convolve(layer, below)
+    at_rest, change = free.drives[layer], net.push(layer, below)
     if at_rest is None or at_rest.unpooled is None:
         return change.mul_(feedback)
     drive = max_pool(torch.add(at_rest.unpooled, change, alpha=1 / scales[layer - 1]))

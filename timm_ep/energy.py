@@ -33,10 +33,11 @@ def fold_average_pool(kernel: Tensor) -> Tensor:
     Returns:
         (out, in, k+1, k+1), differentiable.
     """
-    box = kernel.new_full((1, 1, 2, 2), 0.25)
     out_chs, in_chs, height, width = kernel.shape
-    folded = F.conv2d(kernel.reshape(-1, 1, height, width), box, padding=1)
-    return folded.reshape(out_chs, in_chs, height + 1, width + 1)
+    # As one product with a small matrix: a convolution takes a hundred times longer for so many tiny images.
+    taps = torch.eye(height * width, dtype=kernel.dtype, device=kernel.device).view(-1, 1, height, width)
+    spread = F.conv2d(taps, kernel.new_full((1, 1, 2, 2), 0.25), padding=1).flatten(1)
+    return (kernel.flatten(2) @ spread).view(out_chs, in_chs, height + 1, width + 1)
 
 
 class Drive(NamedTuple):
@@ -56,6 +57,12 @@ class Drive(NamedTuple):
             return above
         routed = torch.zeros_like(self.unpooled, memory_format=torch.contiguous_format).flatten(2)
         return routed.scatter(2, self.winners.flatten(2), above.flatten(2)).view(self.unpooled.shape)
+
+    def shifted(self, change: Tensor) -> "Drive":
+        """The drive once W ⋆ s has changed by `change`, in the shape of the map before pooling."""
+        if self.unpooled is None:
+            return Drive(self.value + change)
+        return max_pool(self.unpooled + change)
 
     def at_winners(self, unpooled: Tensor) -> Tensor:
         """The values of another unpooled map at the winners of this one, in the shape of `value`."""
@@ -90,35 +97,47 @@ class Net(NamedTuple):
 
     Effective kernels are functions of the parameters (weight standardisation, folded pooling); the chain rule from
     kernel to parameter is left to autograd. Layers count from 0 here: layer 0 couples x to s_1.
+
+    `half` holds the kernels once more in a shorter dtype, if there is to be one, for the products whose rounding counts
+    less than that of `drive`: those with differences of states, those that λ multiplies, and the contrast.
     """
 
     couplings: tuple[Coupling, ...]
     kernels: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
-
-    def convolve(self, layer: int, below: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W ⋆ `below` + `bias`."""
-        coupling = self.couplings[layer]
-        return F.conv2d(below, self.kernels[layer], bias, coupling.stride, coupling.padding)
+    half: tuple[Tensor, ...] | None = None
 
     def drive(self, layer: int, below: Tensor) -> Drive:
         """P(W ⋆ `below`) + b."""
-        out = self.convolve(layer, below, self.biases[layer])
-        return max_pool(out) if self.couplings[layer].max_pool else Drive(out)
+        coupling = self.couplings[layer]
+        out = F.conv2d(below, self.kernels[layer], self.biases[layer], coupling.stride, coupling.padding)
+        return max_pool(out) if coupling.max_pool else Drive(out)
+
+    def push(self, layer: int, difference: Tensor) -> Tensor:
+        """W ⋆ `difference`: by how much W ⋆ s moves with s."""
+        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
+        out = F.conv2d(difference.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding)
+        return out.to(self.kernels[layer].dtype)
 
     def feedback(self, layer: int, above: Tensor, below: Tensor) -> Tensor:
         """Wᵀ ⋆ `above`: the adjoint of the convolution, in the spatial size of `below` (odd sizes included)."""
-        coupling, kernel = self.couplings[layer], self.kernels[layer]
+        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
         pads = [
             size - ((out - 1) * coupling.stride - 2 * coupling.padding + tap)
             for size, out, tap in zip(below.shape[-2:], above.shape[-2:], kernel.shape[-2:], strict=True)
         ]
-        return F.conv_transpose2d(above, kernel, None, coupling.stride, coupling.padding, pads)
+        out = F.conv_transpose2d(above.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding, pads)
+        return out.to(self.kernels[layer].dtype)
 
     def kernel_contrast(self, layer: int, below: Tensor, above: Tensor) -> Tensor:
         """`above` ⊗ `below` = ∂⟨above, W ⋆ below⟩/∂W, summed over the batch."""
-        coupling = self.couplings[layer]
-        return conv2d_weight(below, list(self.kernels[layer].shape), above, coupling.stride, coupling.padding)
+        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
+        below, above = below.to(kernel.dtype), above.to(kernel.dtype)
+        out = conv2d_weight(below, list(kernel.shape), above, coupling.stride, coupling.padding)
+        return out.to(self.kernels[layer].dtype)
+
+    def _short_kernel(self, layer: int) -> Tensor:
+        return (self.half or self.kernels)[layer]
 
 
 def energy(net: Net, x: Tensor, states: tuple[Tensor, ...] | list[Tensor], feedback: float) -> Tensor:

@@ -67,6 +67,14 @@ def in_one_dtype(net: Net, x: Tensor) -> tuple[Net, Tensor]:
     return Net(net.couplings, tuple(kernels), tuple(bias.to(dtype) for bias in net.biases)), x
 
 
+def with_short_products(net: Net, settings: Settings) -> Net:
+    """The net with kernels in the dtype of `settings.products`, unless they are as short already."""
+    dtype = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.products]
+    if dtype is None or net.kernels[0].element_size() <= dtype.itemsize:
+        return net
+    return net._replace(half=tuple(kernel.to(dtype) for kernel in net.kernels))
+
+
 def no_autocast(device: str) -> AbstractContextManager[None]:
     available = torch.amp.is_autocast_available(device)  # not on the meta device
     return torch.autocast(device, enabled=False) if available else nullcontext()
@@ -78,16 +86,17 @@ class _Equilibrium(torch.autograd.Function):
         ctx: Any, settings: Settings, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
-        net = Net(couplings, params[:depth], params[depth:])
+        net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
         free = free_phase(net, x, settings)
         # Only max pooling reads the drives of the free phase again, for their winners.
         drives = [
-            (free.drives[layer] or net.drive(layer, free.states[layer - 1])) if coupling.max_pool else _NO_DRIVE
+            (free.newest_drive(net, layer) if coupling.max_pool else _NO_DRIVE)
             for layer, coupling in enumerate(couplings)
         ]
         ctx.settings, ctx.couplings = settings, couplings
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *params, *free.states, *free.preactivations, *chain.from_iterable(drives))
+        # The states follow from the pre-activations, and most of them nobody else keeps.
+        ctx.save_for_backward(x, *params, *free.preactivations, *chain.from_iterable(drives))
         return tuple(free.states)
 
     @staticmethod
@@ -95,11 +104,12 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         depth = len(ctx.couplings)
         x, *saved = ctx.saved_tensors
-        kernels, biases, states, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(4))
-        triples = (saved[4 * depth + i :: 3] for i in range(3))
+        kernels, biases, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(3))
+        triples = (saved[3 * depth + i :: 3] for i in range(3))
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
-        net = Net(ctx.couplings, tuple(kernels), tuple(biases))
-        free = FreePhase(states, preactivations, drives, [None] * depth)
+        net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
+        states = [preactivation.clamp(0, 1) for preactivation in preactivations]
+        free = FreePhase(states, preactivations, drives, [None] * depth, [None] * depth)
         with no_autocast(x.device.type):
             return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
 
@@ -179,15 +189,15 @@ def contrast(
     x_grad = torch.zeros_like(x) if needs_x else None
     kernel_grads: list[Tensor | None] = [None] * depth
     bias_grads: list[Tensor | None] = [None] * depth
+    below_weighted: Tensor | None = None
     for layer in range(depth):
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
+        weighted = None if delta is None else delta * weights
         difference = routed_difference(layer, free, nudged, scales)
         if difference is not None:
-            difference = difference * weights
+            difference = weighted if difference is delta else difference * weights
         if needs_bias[layer]:
-            bias_grads[layer] = (
-                torch.zeros_like(net.biases[layer]) if delta is None else -(delta * weights).sum((0, 2, 3))
-            )
+            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if weighted is None else -weighted.sum((0, 2, 3))
         if needs_kernel[layer]:
             total = torch.zeros_like(net.kernels[layer])
             if difference is not None:
@@ -195,11 +205,12 @@ def contrast(
                 if below_delta is not None:  # the nudged state, so that both terms make the whole difference
                     below = torch.add(below, below_delta, alpha=1 / scales[layer - 1])
                 total.sub_(net.kernel_contrast(layer, below, difference))
-            if below_delta is not None and settings.feedback:
+            if below_weighted is not None and settings.feedback:
                 drive = free.drives[layer]
                 state = drive.route(free.states[layer]) if drive else free.states[layer]
-                total.sub_(net.kernel_contrast(layer, below_delta * weights, state), alpha=settings.feedback)
+                total.sub_(net.kernel_contrast(layer, below_weighted, state), alpha=settings.feedback)
             kernel_grads[layer] = total
         if x_grad is not None and layer == 0 and difference is not None:
             x_grad = -net.feedback(0, difference, x)
+        below_weighted = weighted
     return [x_grad, *kernel_grads, *bias_grads]

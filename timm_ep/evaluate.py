@@ -125,12 +125,12 @@ class Validate:
         return result
 
 
-def run_transform(model: Any) -> Any:
-    """The transform of test images that the model's pretrained cfg describes."""
+def run_transform(model: Any, size: int | None = None) -> Any:
+    """The transform of test images that the model's pretrained cfg describes, to images of `size` if given."""
     cfg = model.pretrained_cfg
     channels = getattr(model, "in_chans", cfg["input_size"][0])
     mean, std = (channel_values(cfg[name], channels) for name in ("mean", "std"))
-    return image_transform(cfg["input_size"][-1], mean, std)
+    return image_transform(size or cfg["input_size"][-1], mean, std)
 
 
 def label_names(model: Any) -> list[str]:

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,24 +53,47 @@ def gradient_check(
     Returns:
         one row a layer, from the first.
     """
-    criterion = criterion or readout_criterion(model)
+    exact = exact_gradients(model, images, labels, criterion, sweeps)
+    return compared(weight_gradients(model, images, labels, criterion, gradient="ep"), exact)
+
+
+def exact_gradients(
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    sweeps: int | None = None,
+) -> list[Tensor]:
+    """The gradient of every layer's kernel by autograd through the converged settling; see `gradient_check`."""
     sweeps = max(_CONVERGED_SWEEPS, model.settings.free_sweeps) if sweeps is None else sweeps
+    return weight_gradients(model, images, labels, criterion, gradient="bptt", free_sweeps=sweeps, tol=0.0)
 
-    def kernel_gradients(**settings: Any) -> list[Tensor]:
-        twin = copy.deepcopy(model)
-        twin.settings = replace(model.settings, **settings)
-        twin.set_grad_checkpointing()
-        if twin.settings.live:
-            loss, _ = twin.live_loss(images, lambda states: criterion(twin.output(states), labels))
-        else:
-            loss = criterion(twin(images), labels)
-        weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
-        return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
 
-    rows = zip(kernel_gradients(gradient="ep"), kernel_gradients(gradient="bptt", free_sweeps=sweeps), strict=True)
+def weight_gradients(
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **settings: Any,
+) -> list[Tensor]:
+    """The gradient of every layer's kernel, flat and in float64, with some of the model's settings changed."""
+    criterion = criterion or readout_criterion(model)
+    twin = copy.deepcopy(model)
+    twin.settings = replace(model.settings, **settings)
+    twin.set_grad_checkpointing()
+    if twin.settings.live:
+        loss, _ = twin.live_loss(images, lambda states: criterion(twin.output(states), labels))
+    else:
+        loss = criterion(twin(images), labels)
+    weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
+    return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
+
+
+def compared(gradients: Sequence[Tensor], exact: Sequence[Tensor]) -> list[LayerCheck]:
+    """Gradients of all layers, from the first, beside the exact ones."""
     return [
-        LayerCheck(layer, F.cosine_similarity(ep, exact, 0).item(), (ep.norm() / exact.norm()).item())
-        for layer, (ep, exact) in enumerate(rows, 1)
+        LayerCheck(layer, F.cosine_similarity(ep, true, 0).item(), (ep.norm() / true.norm()).item())
+        for layer, (ep, true) in enumerate(zip(gradients, exact, strict=True), 1)
     ]
 
 

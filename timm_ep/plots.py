@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from timm_ep.cards import RESULTS_NAME, RunFacts
-from timm_ep.cost import StepCost
+from timm_ep.cost import SweepCost
 from timm_ep.files import replacing
 from timm_ep.gradcheck import Report
+from timm_ep.scaling import AXES, ScalingResult
 
 
 @dataclass
@@ -185,11 +186,11 @@ def _save(figure: Any, output: Path) -> None:
         figure.savefig(temporary, format=output.suffix.lstrip(".") or "png")
 
 
-def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
+def draw_costs(costs: Sequence[SweepCost], title: str, output: Path) -> None:
     """Memory and time of a training step over the number of sweeps, EP beside BPTT.
 
     Args:
-        costs: of both gradients.
+        costs: of both gradients, and of backprop, which has no sweeps and is drawn as a line.
         title: the model's name.
         output: the picture; its suffix chooses the format.
     """
@@ -199,10 +200,42 @@ def draw_costs(costs: Sequence[StepCost], title: str, output: Path) -> None:
         sweeps = [row.sweeps for row in rows]
         axes[0].plot(sweeps, [row.megabytes for row in rows], ".-", label=label)
         axes[1].plot(sweeps, [row.seconds for row in rows], ".-", label=label)
+    for row in (cost for cost in costs if cost.gradient == "backprop"):
+        for axis, value in zip(axes, (row.megabytes, row.seconds), strict=True):
+            axis.axhline(value, color="0.5", lw=0.8, label="backprop, feedforward twin")
     for axis, quantity in zip(axes, ("peak memory of a training step, MB", "time of a training step, s"), strict=True):
         axis.set(xlabel="T: free sweeps, and nudged ones", ylabel=quantity, xscale="log", yscale="log")
         axis.set_xticks(sweeps, [str(value) for value in sweeps])
         axis.set_xticks([], minor=True)
         axis.legend()
     figure.suptitle(title, fontsize="medium")
+    _save(figure, output)
+
+
+def draw_scaling(result: ScalingResult, output: Path) -> None:
+    """Time and memory of a training step over each axis, with the fitted lines.
+
+    Args:
+        result: of `timm-ep scaling`.
+        output: the picture; its suffix chooses the format.
+    """
+    from matplotlib.figure import Figure
+
+    axes_names = list(result.seconds)
+    figure = Figure(figsize=(3.2 * len(axes_names), 6), layout="constrained")
+    grid = figure.subplots(2, len(axes_names), squeeze=False)
+    for column, name in zip(grid.T, axes_names, strict=True):
+        points = [point for point in result.points if point.axis == name]
+        x = [point.x for point in points]
+        rows = {
+            "time of a training step, s": ([point.seconds.median for point in points], result.seconds[name]),
+            "peak memory, MB": ([point.megabytes for point in points], result.megabytes[name]),
+        }
+        for axis, (label, (values, line)) in zip(column, rows.items(), strict=True):
+            slope, intercept = line.coefficients
+            axis.plot(x, values, "o", ms=4)
+            axis.plot([0, max(x)], [intercept, intercept + slope * max(x)], "-", lw=1, color="0.5")
+            axis.set(xlabel=f"{name}: {AXES[name]}", ylabel=label, title=f"R² {line.r2:.4f}", ylim=(0, None))
+            axis.title.set_size("small")
+    figure.suptitle(result.model, fontsize="medium")
     _save(figure, output)

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
 from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
@@ -86,16 +87,11 @@ class EpConv2d(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
-        weight: Tensor = self.weight
-        if self.center:
-            var, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
-            weight = weight - mean
-        else:
-            var = weight.square().mean((1, 2, 3), keepdim=True)
-        fan_in = weight[0].numel()
-        # Relative to the variance at the start, 1/fan_in, so that the floor means the same in every layer.
-        scale = self.gain[:, None, None, None] * torch.rsqrt(var * fan_in + 1e-6)
-        return weight * scale, self.bias
+        fan_in = self.weight[0].numel()
+        # The floor is relative to the variance at the start, 1/fan_in, so that it means the same in every layer.
+        normalise = F.layer_norm if self.center else F.rms_norm
+        normalised = normalise(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
+        return normalised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
 
 
 def _setting(name: str) -> property:

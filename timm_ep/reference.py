@@ -1,20 +1,28 @@
-"""Equilibrium Propagation written plainly from the equations, to test the package against.
+"""The literature's algorithm written plainly from the equations: to test the package against, and to time it beside.
 
 One scalar, Φ, and autograd for everything else: no products reused, no differences integrated, no pooling folded away.
+Independent of the rest of the package, which never uses it but in `timm-ep benchmark`.
 
     Φ(s; x, θ) = Σ_l λ^(l−N) · [ ⟨s_l, P_l(W_l ⋆ s_(l−1) + b_l)⟩ − ½‖s_l‖² ] = −E
     s_l ← clip(s_l + λ^(N−l) ∂Φ/∂s_l, 0, 1)                            free step, all layers at once
     s_l ← clip(s_l + λ^(N−l) (∂Φ/∂s_l − β ∂L/∂s_l), 0, 1)              nudged step
     dL/dθ ≈ −(1/β) [∂Φ/∂θ(s^β) − ∂Φ/∂θ(s^0)]
+
+The step of size λ^(N−l) cancels the −s_l of the gradient: what is left is s_l ← clip(λ^(N−l) ∂Ψ/∂s_l, 0, 1) with Ψ the
+sum of the products alone, as published code runs it (Laborieux et al. 2021).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["Classic", "Reference"]
+
+Tensors = Sequence[Tensor] | None
 Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -35,13 +43,14 @@ class Reference:
             self.pooled = [*self.pooled, False]
 
     @classmethod
-    def of(cls, model, **kwargs) -> "Reference":
+    def of(cls, model: Any, **kwargs: Any) -> "Reference":
         """The net of an EpVgg, its parameters cut off from the model's."""
         kernels = [conv()[0].detach() for conv in model.layers]
         biases = [conv()[1].detach() for conv in model.layers]
         return cls(kernels, biases, model.pooled, model.pool, model.feedback, **kwargs)
 
-    def drive(self, layer: int, below: Tensor, kernels=None, biases=None) -> Tensor:
+    def drive(self, layer: int, below: Tensor, kernels: Tensors = None, biases: Tensors = None) -> Tensor:
+        """P_l(W_l ⋆ s_(l−1) + b_l)."""
         kernel, bias = (kernels or self.kernels)[layer], (biases or self.biases)[layer]
         if kernel.dim() == 2:
             return F.linear(below.mean((2, 3)), kernel, bias)[:, :, None, None]
@@ -50,47 +59,65 @@ class Reference:
             return out
         return F.max_pool2d(out, 2) if self.pool == "max" else F.avg_pool2d(out, 2)
 
-    def phi(self, x: Tensor, states: Sequence[Tensor], kernels=None, biases=None) -> Tensor:
-        """Φ of each sample, (B,)."""
-        total, below = 0, x
+    def interaction(
+        self, x: Tensor, states: Sequence[Tensor], kernels: Tensors = None, biases: Tensors = None
+    ) -> Tensor:
+        """Ψ = Σ_l λ^(l−N) ⟨s_l, P_l(W_l ⋆ s_(l−1) + b_l)⟩ of each sample, (B,)."""
+        total, below = x.new_zeros(len(x)), x
         for layer, state in enumerate(states):
             inner = (state * self.drive(layer, below, kernels, biases)).flatten(1).sum(1)
-            weight = self.feedback ** (layer + 1 - len(states))
-            total = total + weight * (inner - 0.5 * state.pow(2).flatten(1).sum(1))
+            total = total + self.feedback ** (layer + 1 - len(states)) * inner
             below = state
         return total
 
+    def phi(self, x: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """Φ of each sample, (B,)."""
+        total = self.interaction(x, states)
+        for layer, state in enumerate(states):
+            total = total - 0.5 * self.feedback ** (layer + 1 - len(states)) * state.pow(2).flatten(1).sum(1)
+        return total
+
     def zeros(self, x: Tensor) -> list[Tensor]:
+        """The states of the zero start."""
         states, below = [], x
         for layer in range(len(self.kernels)):
             below = torch.zeros_like(self.drive(layer, below))
             states.append(below)
         return states
 
-    def step(self, x: Tensor, states: Sequence[Tensor], beta: float = 0.0, loss: Loss | None = None):
+    def step(self, x: Tensor, states: Sequence[Tensor], beta: float = 0.0, loss: Loss | None = None) -> list[Tensor]:
         """One synchronous step; nudged with `beta` and `loss`, whose forces are those at the current states."""
         with torch.enable_grad():
             states = [s.detach().requires_grad_() for s in states]
-            total = self.phi(x, states).sum()
+            total = self.interaction(x, states).sum()
             if loss is not None:
                 total = total - beta * loss(states)
             grads = torch.autograd.grad(total, states)
-        moved = []
-        for layer, (state, grad) in enumerate(zip(states, grads, strict=True)):
-            moved.append((state + self.feedback ** (len(states) - layer - 1) * grad).clamp(0, 1))
-        return moved
+        gains = [self.feedback ** (len(states) - layer) for layer in range(1, len(states) + 1)]
+        return [(gain * grad).clamp(0, 1) for gain, grad in zip(gains, grads, strict=True)]
 
-    def settle(self, x, states=None, steps=100, beta=0.0, loss=None) -> list[Tensor]:
-        states = self.zeros(x) if states is None else states
+    def settle(
+        self,
+        x: Tensor,
+        states: Sequence[Tensor] | None = None,
+        steps: int = 100,
+        beta: float = 0.0,
+        loss: Loss | None = None,
+    ) -> list[Tensor]:
+        """The states after so many steps, from zero or from `states`."""
+        settled = self.zeros(x) if states is None else [s.detach() for s in states]
         for _ in range(steps):
-            states = self.step(x, states, beta, loss)
-        return [s.detach() for s in states]
+            settled = self.step(x, settled, beta, loss)
+        return settled
 
-    def contrast(self, x, nudged, free, beta) -> tuple[list[Tensor], list[Tensor]]:
+    def contrast(
+        self, x: Tensor, nudged: Sequence[Tensor], free: Sequence[Tensor], beta: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """(1/β) [∂E/∂θ(s^β) − ∂E/∂θ(s^0)] for kernels and biases."""
         kernels = [k.clone().requires_grad_() for k in self.kernels]
         biases = [b.clone().requires_grad_() for b in self.biases]
-        total = (self.phi(x, free, kernels, biases).sum() - self.phi(x, nudged, kernels, biases).sum()) / beta
+        phases = [self.interaction(x, states, kernels, biases).sum() for states in (free, nudged)]
+        total = (phases[0] - phases[1]) / beta
         grads = torch.autograd.grad(total, [*kernels, *biases])
         return list(grads[: len(kernels)]), list(grads[len(kernels) :])
 
@@ -114,15 +141,32 @@ class Classic:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
-    def objective(self, states: Sequence[Tensor], target: Tensor, weight=None, bias=None) -> Tensor:
+    def objective(
+        self, states: Sequence[Tensor], target: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """Σ_i L_i."""
         if self.weight is None:
             return self.loss(states[-1].flatten(1), target).sum()
-        features = states[-1].mean((2, 3))
-        logits = features @ (self.weight if weight is None else weight).T + (self.bias if bias is None else bias)
-        return self.loss(logits, target).sum()
+        weight, bias = (self.weight if weight is None else weight), (self.bias if bias is None else bias)
+        return self.loss(F.linear(states[-1].mean((2, 3)), weight, bias), target).sum()
 
-    def gradients(self, x, target, free_steps: int, nudged_steps: int, betas: Sequence[float]):
+    def nudged_step(self, x: Tensor, target: Tensor, states: Sequence[Tensor], beta: float) -> list[Tensor]:
+        """One step under the loss."""
+        return self.net.step(x, states, beta, lambda states: self.objective(states, target))
+
+    def estimate(
+        self, x: Tensor, target: Tensor, nudged: Sequence[Tensor], free: Sequence[Tensor], beta: float
+    ) -> list[Tensor]:
+        """(1/β) [∂F(s^β) − ∂F(s^0)]: all kernels, all biases, the read-out's weight and bias where it is outside."""
+        kernels, biases = self.net.contrast(x, nudged, free, beta)
+        if self.weight is None or self.bias is None:
+            return [*kernels, *biases]
+        leaves = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
+        return [*kernels, *biases, *torch.autograd.grad(self.objective(nudged, target, *leaves), leaves)]
+
+    def gradients(
+        self, x: Tensor, target: Tensor, free_steps: int, nudged_steps: int, betas: Sequence[float]
+    ) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
         """The free states, the nudged states for every β, and the mean over β of (1/β) [∂F(s^β) − ∂F(s^0)] / batch.
 
         The last is a list: all kernels, all biases, and the read-out's weight and bias where it is outside.
@@ -130,13 +174,10 @@ class Classic:
         free = self.net.settle(x, steps=free_steps)
         trajectories, estimates = [], []
         for beta in betas:
-            nudged = self.net.settle(x, free, nudged_steps, beta, lambda states: self.objective(states, target))
+            nudged = free
+            for _ in range(nudged_steps):
+                nudged = self.nudged_step(x, target, nudged, beta)
             trajectories.append(nudged)
-            kernels, biases = self.net.contrast(x, nudged, free, beta)
-            readout = []
-            if self.weight is not None:
-                leaves = [self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()]
-                readout = list(torch.autograd.grad(self.objective(nudged, target, *leaves), leaves))
-            estimates.append([*kernels, *biases, *readout])
-        means = [sum(parts) / len(parts) / len(x) for parts in zip(*estimates, strict=True)]
+            estimates.append(self.estimate(x, target, nudged, free, beta))
+        means = [torch.stack(parts).mean(0) / len(x) for parts in zip(*estimates, strict=True)]
         return free, trajectories, means

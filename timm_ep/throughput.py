@@ -1,0 +1,94 @@
+"""The throughput that settling reaches, as a share of that of its convolutions by themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from timm_ep.energy import Net
+from timm_ep.equilibrium import equilibrium
+from timm_ep.measure import Quartiles, Step
+from timm_ep.models import EpVgg
+from timm_ep.products import multiply_adds, plain_step, recorded_products
+from timm_ep.settings import Settings
+
+__all__ = ["Share", "Throughput"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The throughput of one phase in one precision.
+
+    Attributes:
+        phase: `free`, or `step`: free phase, nudged phase and contrast.
+        dtype: `float32` or `bfloat16`.
+        products: number of them.
+        multiply_adds: of all products.
+        settling: seconds of the phase.
+        plain: seconds of the same products by torch's functions alone.
+        share: plain over settling, of the medians.
+    """
+
+    phase: str
+    dtype: str
+    products: int
+    multiply_adds: int
+    settling: Quartiles
+    plain: Quartiles
+    share: float
+
+
+class Throughput:
+    """Steps to be timed in turn, and the shares from their times.
+
+    The settling alone: no kernels to make from the parameters and no read-out, but a random force on the last layer.
+
+    Args:
+        model: by whose settings it settles.
+        images: (B, in_chans, H, W).
+
+    Attributes:
+        steps: `free float32`, `step float32` and so on, and each again as `plain …`: the same products by themselves.
+    """
+
+    def __init__(self, model: EpVgg, images: Tensor) -> None:
+        self.steps: dict[str, Step] = {}
+        settings = replace(model.settings, gradient="ep")
+        net = model.net((images.shape[-2], images.shape[-1]))
+        for name in ("float32", "bfloat16"):
+            dtype = getattr(torch, name)
+            x = images.to(dtype, memory_format=torch.channels_last)
+            kernels = [k.detach().to(dtype, memory_format=torch.channels_last).requires_grad_() for k in net.kernels]
+            biases = [bias.detach().to(dtype, copy=True).requires_grad_() for bias in net.biases]
+            cast = Net(net.couplings, tuple(kernels), tuple(biases))
+            self.steps[f"free {name}"], self.steps[f"step {name}"] = _phases(cast, x, settings)
+        self._products = {name: recorded_products(step) for name, step in self.steps.items()}
+        for name, products in self._products.items():
+            self.steps[f"plain {name}"] = plain_step(products, str(images.device))
+
+    def shares(self, seconds: Mapping[str, Quartiles]) -> list[Share]:
+        """From the times of the steps."""
+        rows = []
+        for name, products in self._products.items():
+            phase, dtype = name.split()
+            settling, plain = seconds[name], seconds[f"plain {name}"]
+            share = plain.median / settling.median
+            rows.append(Share(phase, dtype, products.total(), multiply_adds(products), settling, plain, share))
+        return rows
+
+
+def _phases(net: Net, x: Tensor, settings: Settings) -> tuple[Step, Step]:
+    """The free phase; and a step, with the nudged phase and the contrast."""
+
+    @torch.no_grad()
+    def free() -> tuple[Tensor, ...]:
+        return equilibrium(net, x, settings)
+
+    force = torch.randn_like(free()[-1])
+
+    def step() -> None:
+        states = equilibrium(net, x, settings)
+        torch.autograd.grad(states[-1], [*net.kernels, *net.biases], force)
+
+    return free, step
