@@ -1,22 +1,17 @@
 """What the options of a training do, and which are refused."""
 
 import csv
-import dataclasses
 import importlib.util
-import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-import yaml
 
 from timm_ep import assembly, loop, teachers, trainer
 from timm_ep.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.options import TrainingOptions
 from timm_ep.trainer import Trainer
 
-RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
 OPTIONS = {
     "model_args": {"architecture": [8, "M", 8, "M", 8, "M", 8, "M"]},
     "train_images": 128,
@@ -279,13 +274,3 @@ def test_seconds_and_updates_between_checkpoints():
     assert TrainingOptions(checkpoint_interval="500").interval == (500, None)
     assert TrainingOptions(checkpoint_interval="1.5s").interval == (None, 1.5)
     assert TrainingOptions().interval == (None, None)
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_options_of_today(recipe):
-    """Every key is an option and every value in its range; the commands in its comments name options too."""
-    values = yaml.safe_load(recipe.read_text())
-    options = TrainingOptions(**values)
-    assert {name: value for name, value in options.plain().items() if name in values} == values
-    named = set(re.findall(r"--([a-z-]+)", "".join(re.findall(r"^#.*$", recipe.read_text(), re.MULTILINE))))
-    assert {name.replace("-", "_") for name in named - {"config"}} <= {one.name for one in dataclasses.fields(options)}

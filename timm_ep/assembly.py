@@ -8,6 +8,7 @@ import torch
 from timm.data import Mixup, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import freeze
 from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Subset
@@ -28,12 +29,14 @@ from timm_ep.loader import EpochOrder, Samples, augmentation, training_loader
 from timm_ep.logs import RunLog
 from timm_ep.loop import Progress, TrainingLoop
 from timm_ep.losses import readout_criterion
+from timm_ep.models import EpVgg
 from timm_ep.options import TrainingOptions
+from timm_ep.repository import CONFIG_NAME, WEIGHTS_NAME, tensor_shapes, verify, verify_weights
 from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation
 from timm_ep.task import EpTask
 from timm_ep.teachers import Teacher, TeacherCache, create_teacher
 
-__all__ = ["RunImages", "create_loop", "create_model", "open_images", "plain_loader"]
+__all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "plain_loader"]
 
 _TEST_BATCH = 256
 
@@ -66,6 +69,7 @@ def open_images(options: TrainingOptions) -> tuple[RunImages, nn.Module]:
             + (" or grad_accum_steps." if options.grad_accum_steps > 1 else ".")
         )
     model = create_model(options, source)
+    freeze_modules(model, options.freeze_layers)
     config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
     mean, std = (channel_values(config[k], source.channels) for k in ("mean", "std"))
     images = RunImages(source, train, validation, options.img_size or config["input_size"][-1], mean, std)
@@ -82,12 +86,70 @@ def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
                 f"model_args has {name}={options.model_args[name]}, but the images of {options.dataset} have {value}: "
                 "leave it out, it follows from the images."
             )
-    settings = {"gradient": options.gradient} if options.model.startswith("ep_vgg") else {}
-    if options.gradient != "ep" and not settings:
+    start = _start(options)
+    model = timm.create_model(**start, **{**options.model_args, **given})
+    architecture = model.pretrained_cfg["architecture"]
+    if options.initial_checkpoint is not None and architecture != _architecture(options):
+        raise ValueError(
+            f"{options.initial_checkpoint} holds the weights of {architecture}, not of {options.model}; give --model "
+            f"{architecture}."
+        )
+    if isinstance(model, EpVgg):
+        model.gradient = options.model_args.get("gradient", options.gradient)
+    elif options.gradient != "ep":
         raise ValueError(
             f"gradient={options.gradient} chooses between the gradients of an ep_vgg*; {options.model} has one."
         )
-    return timm.create_model(options.model, options.pretrained, **{**settings, **options.model_args, **given})
+    return model
+
+
+def _start(options: TrainingOptions) -> dict[str, Any]:
+    """The name and the weights that timm is to create the model from; weights on disk are checked before."""
+    path = options.initial_checkpoint
+    if path is None:
+        return {"model_name": options.model, "pretrained": options.pretrained}
+    if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).exists():
+        path = path.parent
+    architecture = _architecture(options)
+    if path.is_dir():
+        # timm itself compares the tensors of other models; it must not come to reading a pickle.
+        _ = verify(path) if architecture.startswith("ep_vgg") else tensor_shapes(path / WEIGHTS_NAME)
+        return {"model_name": f"local-dir:{path}", "pretrained": True}
+    if not architecture.startswith("ep_vgg"):
+        raise ValueError(f"initial_checkpoint={path}: for {architecture} give a folder with {CONFIG_NAME}, not a file.")
+    # A file alone does not say for how many classes and channels it is; its tensors do.
+    shapes = tensor_shapes(path)
+    cfg = timm.get_pretrained_cfg(architecture)
+    classes, _ = shapes.get(f"{cfg.classifier}.weight", (0, 0))
+    channels = shapes.get(f"{cfg.first_conv}.weight", (0, 3))[1]
+    args = {**options.model_args, "num_classes": classes, "in_chans": channels}
+    verify_weights(path, timm.create_model(architecture, device="meta", **args))
+    overlay = {"file": str(path), "num_classes": classes, "input_size": (channels, *cfg.input_size[1:])}
+    return {"model_name": architecture, "pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _architecture(options: TrainingOptions) -> str:
+    """The name of the model without the tag of trained weights."""
+    return options.model.partition(".")[0]
+
+
+def freeze_modules(model: nn.Module, names: list[str]) -> None:
+    """Keep the modules of these names from learning.
+
+    Raises:
+        ValueError: a name of no module, or nothing that is left to learn.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if not name or name not in known:
+            raise ValueError(
+                f"freeze_layers: {name!r} is no module of the model; those that are: "
+                f"{', '.join(known)!s:.300}, … (see model.named_modules())."
+            )
+    if names:
+        freeze(model, names)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze_layers={names} leaves nothing of the model to learn.")
 
 
 def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) -> None:
@@ -176,6 +238,9 @@ def create_loop(
             **options.sched_kwargs,
         },
     )
+    if scheduler is None:  # in timm it is the schedule that applies the scale of layer_decay
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     progress = Progress.of(state["progress"]) if state else Progress()
     loop = TrainingLoop(
         options=options,

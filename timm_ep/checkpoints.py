@@ -44,7 +44,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UnusableCheckpoint(
             f"{path} was not written by the trainer of this version; expected a {FORMAT!r}. To start from the weights "
-            "of another training, give its folder as the model: --model local-dir:FOLDER."
+            "of another training, give its folder as --initial-checkpoint."
         )
     return state
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("timm_ep.trainer", "Trainer"),
     "validate": ("timm_ep.evaluate", "Validate"),
     "predict": ("timm_ep.predict", "Predict"),
+    "convert": ("timm_ep.convert", "Convert"),
     "plot": ("timm_ep.plots", "Plot"),
     "study": ("timm_ep.study", "Study"),
     "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),

@@ -1,23 +1,77 @@
-"""A repository's folder, as it appears on the Hub: made from a run or a checkpoint.
+"""Writing a model as timm reads it, and a repository's folder, as it appears on the Hub, from a run or a checkpoint.
 
 Weights and configuration are written by `timm.models.save_for_hf`, so that timm reads them:
 `timm.create_model("hf-hub:user/name", pretrained=True)`.
 """
 
+import copy
 import dataclasses
+import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
 
 from timm_ep.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
-from timm_ep.files import creating
+from timm_ep.files import creating, replacing
+from timm_ep.models import EpVgg
 from timm_ep.plots import Plot
 from timm_ep.redaction import redacted
 from timm_ep.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "save"]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Any,
+    classes: Sequence[str],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    model_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors into a folder that exists; those that are there are replaced.
+
+    Args:
+        folder: to write to.
+        model: any of timm's.
+        classes: names of its classes.
+        size: side of the images in pixels, as `timm_ep.data.image_transform` prepares them.
+        mean: per channel, with which they are normalised.
+        std: per channel.
+        model_args: with which the model was created, beyond what timm keeps with it.
+    """
+    # All settings as arguments: it is to be the same model after a default of the package changes.
+    settings = dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {}
+    seen = {
+        "input_size": (len(mean), size, size),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_for_hf(
+            model,
+            temporary,
+            model_config={
+                **seen,
+                "pretrained_cfg": {"tag": ""},  # it names weights that were released; these are others
+                "num_classes": len(classes),
+                "label_names": list(classes),
+            },
+            model_args={**settings, **(model_args or {}), "in_chans": len(mean)},
+            data_config=seen,
+            safe_serialization=True,
+        )
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            with replacing(Path(folder) / name) as file:
+                file.write_bytes((Path(temporary) / name).read_bytes())
 
 
 def prepare(

@@ -263,7 +263,7 @@ class TrainingLoop:
             residual=progress.guard.residual,
             sweeps=progress.guard.sweeps,
             rate=images / max(progress.epoch_seconds, 1e-9),
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=max(group["lr"] for group in self.optimizer.param_groups),  # the read-out's, with layer_decay
         )
 
     def _end_epoch(self) -> None:

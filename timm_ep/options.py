@@ -32,8 +32,14 @@ class TrainingOptions:
 
     Args:
         model: name in timm's registry; an `ep_vgg*`, or any other, trained by its own backward pass. `hf-hub:…` and
-            `local-dir:FOLDER` (with `pretrained`) go on from the weights there.
-        pretrained: start from trained weights.
+            `local-dir:FOLDER` (with `pretrained`) start from the weights there.
+        pretrained: start from the trained weights that the name stands for. The read-out is new where the number of
+            classes differs, and the first convolution is fitted to the images' channels; mean and std stay those of
+            the weights.
+        initial_checkpoint: start from these weights instead, likewise: the folder of a run (or of `timm-ep pull` or
+            `convert`) with its settings, which `model_args` overrides, or a safetensors file of the model.
+        freeze_layers: modules that are not to learn, by name: `[layers]` is the body of an `ep_vgg*`, `[layers.0]` its
+            first convolution.
         output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), args.yaml (for
             `--config`), summary.csv (by epoch), layers.csv and settling.csv (by epoch and layer, see
             `timm_ep.diagnostics`), curves.png, results.json, and checkpoints/.
@@ -63,7 +69,8 @@ class TrainingOptions:
         batch_size: images of one process in one batch.
         grad_accum_steps: batches of an update.
         opt: name of a timm optimizer.
-        opt_kwargs: its further arguments, such as `momentum`, `betas` or `layer_decay`.
+        opt_kwargs: its further arguments, such as `momentum`, `betas` or `layer_decay`: a factor on the learning rate
+            for every layer further from the read-out.
         lr: peak learning rate.
         weight_decay: on kernels and the classifier, not on gains and biases.
         sched: timm's schedule of the learning rate, which changes at each update.
@@ -117,6 +124,8 @@ class TrainingOptions:
 
     model: str = "ep_vgg5_025"
     pretrained: bool = False
+    initial_checkpoint: Path | None = None
+    freeze_layers: list[str] = field(default_factory=list)
     output: Path = Path("runs/train")
     dataset: str = "digits"
     data_dir: Path | None = None
@@ -194,6 +203,10 @@ class TrainingOptions:
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"model_ema_decay={self.model_ema_decay} must be at least 0 and below 1.")
         self._check_teaching()
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise ValueError(
+                f"pretrained and initial_checkpoint={self.initial_checkpoint} both say where to start; choose one."
+            )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
         if self.patience and not self.val_split:
@@ -262,7 +275,7 @@ class TrainingOptions:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """The options that change what is computed and differ from those of an earlier start, as `name: old → new`."""
-        defaults = {option.name: _plain(option.default) for option in dataclasses.fields(self)}
+        defaults = TrainingOptions().plain()
         return [
             f"{name}: {earlier.get(name, defaults[name])} → {value}"
             for name, value in self.plain().items()

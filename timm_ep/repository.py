@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "read_config",
+    "tensor_shapes",
     "verify",
     "verify_config",
     "verify_weights",
@@ -240,6 +241,22 @@ def verify_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
             _check_tensors(path, model, found, file.get_tensor)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file, without reading any.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no safetensors.
+    """
+    path = Path(path)
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 

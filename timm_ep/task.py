@@ -37,7 +37,7 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)
-        if has_states and self.model.settings.live and torch.is_grad_enabled():
+        if has_states and self.model.settings.live and self.model.learns and torch.is_grad_enabled():
             return self._live_losses(images, target, taught)
         states = self.model.equilibrium(images) if has_states else (self.model.forward_features(images),)
         return self.losses(states, target, taught)

@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-__all__ = ["Teacher", "TeacherCache", "TeacherOutput", "create_teacher"]
+__all__ = ["Teacher", "TeacherCache", "TeacherOutput", "create_teacher", "load_trained"]
 
 _CACHE_LIMIT = 8 * 2**30  # bytes
 
@@ -106,7 +106,7 @@ def create_teacher(
         FileNotFoundError: no such folder or file.
         ValueError: no trained weights, or other classes than the student's.
     """
-    model = source if isinstance(source, nn.Module) else _load(str(source), checkpoint)
+    model = source if isinstance(source, nn.Module) else load_trained(str(source), checkpoint)
     if classes is not None:
         count = getattr(model, "num_classes", len(classes))
         if count != len(classes):
@@ -123,7 +123,8 @@ def create_teacher(
     return Teacher(model, mean, std)
 
 
-def _load(source: str, checkpoint: str | Path | None) -> nn.Module:
+def load_trained(source: str, checkpoint: str | Path | None = None) -> nn.Module:
+    """A model of timm with trained weights; `source`, `checkpoint` and errors as for `create_teacher`."""
     if checkpoint is not None:
         return _load_checkpoint(source, Path(checkpoint))
     path = Path(source.removeprefix("local-dir:"))

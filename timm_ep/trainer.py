@@ -1,24 +1,19 @@
 """Training a model of timm's registry by EP, from options to a folder with weights that timm loads."""
 
-import copy
 import dataclasses
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import save_for_hf
-from torch import nn
 
 from timm_ep.assembly import RunImages, create_loop, open_images, plain_loader
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.distributed import World, join_world
-from timm_ep.files import replacing
+from timm_ep.export import save
 from timm_ep.logs import RunLog
 from timm_ep.loop import TrainingLoop
 from timm_ep.models import EpVgg
@@ -77,7 +72,7 @@ class Trainer(TrainingOptions):
         world.from_primary(None)  # nobody leaves before the primary process has written everything
         return facts
 
-    def _finish(self, loop: TrainingLoop, images: RunImages, model: nn.Module) -> RunFacts:
+    def _finish(self, loop: TrainingLoop, images: RunImages, model: Any) -> RunFacts:
         """Test once, and write what the run is for."""
         world, progress, task = loop.world, loop.progress, loop.task
         if progress.best_epoch and progress.best_epoch != progress.epoch:
@@ -88,7 +83,7 @@ class Trainer(TrainingOptions):
         tested = loop.evaluate(plain_loader(self, images.source.test, images, world))
         progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
         facts = RunFacts(
-            architecture=self.model,
+            architecture=model.pretrained_cfg["architecture"],
             command=shlex.join(["timm-ep", *sys.argv[1:]]),
             seed=self.seed,
             dataset=self.dataset,
@@ -109,7 +104,8 @@ class Trainer(TrainingOptions):
         )
         if world.primary:
             loop.log.write(progress.rows)
-            self._save_model(task.get_eval_model(ema=task.has_ema()), images, facts)
+            averaged = task.get_eval_model(ema=task.has_ema())
+            save(self.output, averaged, images.source.classes, images.size, images.mean, images.std, self.model_args)
             facts.save(self.output / RESULTS_NAME)
             self._plot(loop.log)
             print(
@@ -117,30 +113,6 @@ class Trainer(TrainingOptions):
                 f"{facts.train_seconds:.0f} s of training)"
             )
         return facts
-
-    def _save_model(self, model: Any, images: RunImages, facts: RunFacts) -> None:
-        # All keys as arguments: the run is to be the same model after a default of the package changes.
-        model_args = {**facts.settings, **self.model_args, "in_chans": images.source.channels}
-        seen = {
-            "input_size": (images.source.channels, images.size, images.size),
-            "mean": images.mean,
-            "std": images.std,
-            "interpolation": "bilinear",  # as `timm_ep.data.image_transform` prepares them
-            "crop_pct": 1.0,
-        }
-        config = {
-            **seen,
-            "num_classes": len(images.source.classes),
-            "label_names": list(images.source.classes),
-        }
-        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
-        with tempfile.TemporaryDirectory(dir=self.output) as folder:
-            save_for_hf(
-                model, folder, model_config=config, model_args=model_args, data_config=seen, safe_serialization=True
-            )
-            for name in ("model.safetensors", "config.json"):
-                with replacing(self.output / name) as temporary:
-                    temporary.write_bytes((Path(folder) / name).read_bytes())
 
     def _plot(self, log: RunLog) -> None:
         if find_spec("matplotlib") is None:

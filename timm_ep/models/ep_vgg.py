@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from timm_ep.dynamics import free_phase
 from timm_ep.energy import Coupling, Net, fold_average_pool
 from timm_ep.equilibrium import equilibrium
 from timm_ep.live import LossOfStates, live_loss
+from timm_ep.models.feedforward import from_feedforward, is_feedforward
 from timm_ep.settings import SETTING_NAMES, Settings
 
 __all__ = ["EpVgg"]
@@ -57,6 +58,8 @@ class EpConv2d(nn.Module):
         in_chs: channels of the state below.
         out_chs: channels of the state above.
         gain: initial gain.
+        center: take the mean away. Without, the kernel is gain · W / (rms · √fan-in), weight normalisation (Salimans &
+            Kingma, arXiv:1602.07868): it keeps its size likewise, and can be any kernel at all.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class EpConv2d(nn.Module):
         in_chs: int,
         out_chs: int,
         gain: float,
+        center: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.initial_gain = gain
+        self.center = center
         self.weight = nn.Parameter(torch.empty(out_chs, in_chs, 3, 3, device=device, dtype=dtype))
         self.gain = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
@@ -84,8 +89,9 @@ class EpConv2d(nn.Module):
         """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
         fan_in = self.weight[0].numel()
         # The floor is relative to the variance at the start, 1/fan_in, so that it means the same in every layer.
-        standardised = F.layer_norm(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
-        return standardised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
+        normalise = F.layer_norm if self.center else F.rms_norm
+        normalised = normalise(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
+        return normalised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
 
 
 def _setting(name: str) -> property:
@@ -117,6 +123,9 @@ class EpVgg(nn.Module):
             while the loop gain, about λ‖W‖², is below 1.
         learn_gain: whether the gains of the kernels learn. With fixed gains a net with strong feedback keeps the loop
             gain it starts with; learned ones drive 13 convolutions at λ = 1 into saturation within 100 steps.
+        center_kernels: whether the mean is taken from every kernel. It is, so that the sum of the states below, which
+            varies much and says little, does not drive a layer; feedforward nets that were trained with it are
+            converted with False (`timm_ep.convert`).
         preset: defaults of the settings and of the initial gains. `fast`, or `classic`: the literature's algorithm,
             step by step (`timm_ep.settings.PRESETS`).
         readout: `head`: the read-out is outside the dynamics, and only its loss nudges. `state`: the output is one more
@@ -143,6 +152,7 @@ class EpVgg(nn.Module):
         drop_rate: float = 0.0,
         init_gain: float = 1.0,
         learn_gain: bool = True,
+        center_kernels: bool = True,
         preset: str = "fast",
         readout: Literal["head", "state"] = "head",
         device: torch.device | str | None = None,
@@ -163,6 +173,7 @@ class EpVgg(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.center_kernels = center_kernels
         self.grad_checkpointing = False
 
         self.pooled: list[bool] = []  # per layer
@@ -175,7 +186,7 @@ class EpVgg(nn.Module):
                 continue
             pooled = following == "M"
             gain = init_gain * _GAINS[preset][pooled]
-            layers.append(EpConv2d(below, item, gain, device=device, dtype=dtype))
+            layers.append(EpConv2d(below, item, gain, center_kernels, device=device, dtype=dtype))
             layers[-1].gain.requires_grad_(learn_gain)
             self.pooled.append(pooled)
             below = item
@@ -234,6 +245,12 @@ class EpVgg(nn.Module):
     @property
     def _output_settles(self) -> bool:
         return self.readout == "state" and self.num_classes > 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything inside the dynamics does: where all of it is frozen, nothing has to be nudged."""
+        inside = self if self._output_settles else self.layers
+        return any(parameter.requires_grad for parameter in inside.parameters())
 
     def net(self, size: tuple[int, int] | None = None) -> Net:
         """The net as its energy sees it; differentiable with respect to the parameters.
@@ -408,15 +425,26 @@ for _name in SETTING_NAMES:
     setattr(EpVgg, _name, _setting(_name))
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Checks weights on timm's way into a model, whatever they were read from, and changes nothing.
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[str, Tensor]:
+    """Checks weights on timm's way into a model, whatever they were read from; those of timm's feedforward VGGs are
+    converted (`timm_ep.models.feedforward`), with the model's own read-out.
 
     timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
-    random. Shapes are compared by timm itself.
+    random. Shapes are compared by timm itself, which then fits the first convolution to images of other channels. As
+    its kernel is normalised anew over these, its gain is fitted here: a grey image drives the layer as before.
 
     Raises:
-        ValueError: layers that are missing or not of this model, or values that are NaN or infinite.
+        ValueError: layers that are missing or not of this model, values that are NaN or infinite, or kernels of a
+            feedforward net for a model that would take their means away.
     """
+    if is_feedforward(state_dict):
+        if model.center_kernels:
+            raise ValueError(
+                "The weights are of a feedforward VGG, whose kernels have means; create the model with "
+                "center_kernels=False (as timm-ep convert does), or it would take them away."
+            )
+        own = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
+        state_dict = {**from_feedforward(state_dict, model.pooled), **own}
     found, expected = (
         {name for name in names if not name.startswith("head.")} for names in (state_dict, model.state_dict())
     )
@@ -426,7 +454,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     for name, value in state_dict.items():
         if not value.isfinite().all():
             raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
-    return state_dict
+    weight = state_dict["layers.0.weight"]
+    fitted = adapt_input_conv(model.in_chans, weight, base_chans=weight.shape[1])
+    filters = [kernel.double().flatten(1) for kernel in (fitted, weight)]
+    if model.center_kernels:
+        filters = [kernel - kernel.mean(1, keepdim=True) for kernel in filters]
+    ratio = torch.nan_to_num(filters[0].norm(dim=1) / filters[1].norm(dim=1), nan=1.0)
+    return {**state_dict, "layers.0.gain": state_dict["layers.0.gain"] * ratio.to(weight.dtype)}
 
 
 def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
