@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import make_batch, make_net
-from runs import make_run
 from torch.testing import assert_close
 
+from runs import make_run
 from timm_ep import benchmark, classic, cli, measure
 from timm_ep.benchmark import Benchmark
 from timm_ep.classic import classic_checks, classic_net, classic_parts, extrapolated

@@ -45,7 +45,13 @@ class FreePhase(NamedTuple):
 
     def copy(self) -> "FreePhase":
         """The same tensors in lists of their own."""
-        return FreePhase(*map(list, self))
+        return FreePhase(
+            list(self.states),
+            list(self.preactivations),
+            list(self.drives),
+            list(self.feedbacks),
+            list(self.moves),
+        )
 
     def newest_drive(self, net: Net, layer: int) -> Drive:
         """The drive of a layer above the first (or the first's, which never moves) at the present states."""
