@@ -17,7 +17,7 @@ costs one product per layer and carries news across the whole net.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,14 +30,29 @@ Trace = Callable[[list[Tensor]], None]
 """Called after each sweep with the relative change ‖Δs_l‖/‖s_l‖ of every layer, as scalar tensors."""
 
 
+class Clipped(Sequence[Tensor]):
+    """clip(u_l) of each layer, computed when asked for: states that take no memory of their own."""
+
+    def __init__(self, preactivations: Sequence[Tensor]) -> None:
+        self.preactivations = preactivations
+
+    def __len__(self) -> int:
+        return len(self.preactivations)
+
+    def __getitem__(self, layer: Any) -> Any:
+        return self.preactivations[layer].clamp(0, 1)
+
+
 class FreePhase(NamedTuple):
     """Where the free phase is: per layer the state s_l, the pre-activation u_l with s_l = clip(u_l), and the products.
+
+    Pre-activations are kept of the last sweep; before it s_l stands in their place, and costs no memory.
 
     A product is None once the neighbour it was computed from has moved. With a short dtype for differences the drive
     stays instead, and `moves` holds by how much s_l has moved since the drive of the layer above was computed.
     """
 
-    states: list[Tensor]
+    states: Sequence[Tensor]
     preactivations: list[Tensor]
     drives: list[Drive | None]
     feedbacks: list[Tensor | None]
@@ -97,20 +112,31 @@ def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
         return drive.value.clamp(0, 1), drive
 
     run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-    phase = FreePhase([], [], [], [], [])
+    states: list[Tensor] = []
+    drives: list[Drive | None] = []
     for index in range(len(net.kernels)):
-        state, drive = run(index, phase.states[-1] if index else x)
-        phase.states.append(state)
-        phase.preactivations.append(drive.value)
-        phase.drives.append(drive)
-        phase.feedbacks.append(None)
-        phase.moves.append(None)
-    return phase
+        state, drive = run(index, states[-1] if index else x)
+        states.append(state)
+        drives.append(drive)
+    preactivations = [drive.value for drive in drives if drive]
+    return FreePhase(states, preactivations, drives, [None] * len(states), [None] * len(states))
 
 
-def _sweep(net: Net, phase: FreePhase, groups: list[list[int]], feedback: float) -> FreePhase:
-    """One update of every layer in the groups. The phase itself moves on, so that old tensors are freed on the way."""
-    states, preactivations, drives, feedbacks, moves = phase
+def _sweep(
+    net: Net, phase: FreePhase, groups: list[list[int]], feedback: float, store: bool = True, last: bool = False
+) -> FreePhase:
+    """One update of every layer in the groups. The phase itself moves on, so that old tensors are freed on the way.
+
+    Args:
+        net: couplings, kernels and biases.
+        phase: where the last sweep ended.
+        groups: of layers that move together.
+        feedback: λ.
+        store: keep the pre-activations.
+        last: let go of the products, but for the winners of max pooling.
+    """
+    states, preactivations = cast("list[Tensor]", phase.states), phase.preactivations
+    drives, feedbacks, moves = phase.drives, phase.feedbacks, phase.moves
     top = len(states) - 1
 
     for group in groups:
@@ -125,14 +151,21 @@ def _sweep(net: Net, phase: FreePhase, groups: list[list[int]], feedback: float)
                     back = net.feedback(layer + 1, above, states[layer])
                     feedbacks[layer] = back
                 preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback)
+            if last:
+                feedbacks[layer] = None
+                if not net.couplings[layer].max_pool:
+                    drives[layer] = None
         for layer in group:
-            before, states[layer] = states[layer], preactivations[layer].clamp(0, 1)
+            before, states[layer] = states[layer] if net.half else None, preactivations[layer]  # frees the old state
+            states[layer] = states[layer].clamp(0, 1)
+            if not store:
+                preactivations[layer] = states[layer]
             if layer:
                 feedbacks[layer - 1] = None
             if layer < top:
                 if net.half is None:
                     drives[layer + 1] = None
-                elif drives[layer + 1] is not None:
+                elif drives[layer + 1] is not None and before is not None:
                     move, earlier = (states[layer] - before).to(net.half[layer].dtype), moves[layer]
                     moves[layer] = move if earlier is None else move.add_(earlier)
     return phase
@@ -175,14 +208,15 @@ def free_phase(
         return phase  # the feedforward pass is the equilibrium
     measures = trace is not None or (settings.tol > 0 and not x.is_meta)
     for step in range(first, first + settings.free_sweeps):
-        groups = update_groups(settings.update, depth, step)
-        if settings.update == "sweep" and (step > first or settings.start == "feedforward"):
-            groups = groups[1:]  # the layer at which the direction turns has just been updated
+        groups, last = update_groups(settings.update, depth, step), step == first + settings.free_sweeps - 1
+        turns = settings.update == "sweep" and (step > first or settings.start == "feedforward")
+        if turns and not last:  # the layer at which the direction turns has just been updated
+            groups = groups[1:]
         before = list(phase.states) if measures else []
         if recompute:
             phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
         else:
-            phase = _sweep(net, phase, groups, settings.feedback)
+            phase = _sweep(net, phase, groups, settings.feedback, last or settings.tol > 0, last)
         if measures:
             with torch.no_grad():
                 changes = relative_changes(phase.states, before)
@@ -283,13 +317,7 @@ def nudged_phase(
                 if falls[layer] is None:
                     falls[layer] = _fall(net, layer, free, phase, scales)
             for layer in group:
-                phase.deltas[layer] = _held_sum(
-                    [rises[layer], falls[layer]],
-                    pulls[layer],
-                    free.states[layer],
-                    free.preactivations[layer],
-                    scales[layer],
-                )
+                phase.deltas[layer] = _held_sum([rises[layer], falls[layer]], pulls[layer], free, layer, scales[layer])
             for layer in group:
                 if layer:
                     falls[layer - 1] = None
@@ -323,7 +351,7 @@ def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Sett
 
 
 def _held_sum(
-    pulls: list[Tensor | None], force: Tensor | None, state: Tensor, preactivation: Tensor, scale: float
+    pulls: list[Tensor | None], force: Tensor | None, free: FreePhase, layer: int, scale: float
 ) -> Tensor | None:
     """clip(c e + Σ pulls − g, −c s, c (1 − s)); None if there is nothing that pulls.
 
@@ -332,13 +360,18 @@ def _held_sum(
     present = [pull for pull in pulls if pull is not None]
     if not present and force is None:
         return None
-    held = torch.sub(preactivation, state)
-    total = torch.add(present[0], held, alpha=scale) if present else held.mul_(scale)
+    state = free.states[layer]
+    total = torch.sub(free.preactivations[layer], state)
+    edge = state * -scale
+    del state  # here, and with the results in place, lies the peak of a step's memory
+    if present:
+        torch.add(present[0], total, alpha=scale, out=total)
+    else:
+        total.mul_(scale)
     for pull in present[1:]:
         total.add_(pull)
     if force is not None:
         total.sub_(force)
-    edge = state * -scale
     bounds = (edge, edge + scale)
     return total.clamp_(*(bounds if scale > 0 else bounds[::-1]))
 
@@ -364,7 +397,7 @@ def _fall(net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: lis
     if layer + 1 == len(free.states):
         return None
     difference = routed_difference(layer + 1, free, phase, scales)
-    return None if difference is None else net.feedback(layer + 1, difference, free.states[layer])
+    return None if difference is None else net.feedback(layer + 1, difference, free.preactivations[layer])
 
 
 def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timm_ep.dynamics import (
+    Clipped,
     FreePhase,
     NudgedPhase,
     coordinate_scales,
@@ -108,8 +109,7 @@ class _Equilibrium(torch.autograd.Function):
         triples = (saved[3 * depth + i :: 3] for i in range(3))
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
         net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
-        states = [preactivation.clamp(0, 1) for preactivation in preactivations]
-        free = FreePhase(states, preactivations, drives, [None] * depth, [None] * depth)
+        free = FreePhase(Clipped(preactivations), preactivations, drives, [None] * depth, [None] * depth)
         with no_autocast(x.device.type):
             return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
 

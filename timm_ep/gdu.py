@@ -117,7 +117,7 @@ def step_check(
 def _trajectory(model: EpVgg, net: Net, x: Tensor, steps: int, free_steps: int) -> list[list[Tensor]]:
     """s_(T−steps)…s_T."""
     settings = replace(model.settings, update="synchronous", free_sweeps=free_steps - steps, tol=0.0)
-    states = [free_phase(net, x, settings).states]
+    states = [list(free_phase(net, x, settings).states)]
     for _ in range(steps):
         states.append([u.clamp(0, 1) for u in phase_at(net, x, states[-1], settings.feedback).preactivations])
     return states

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from timm_ep.convolution import convolutions_only
 from timm_ep.measure import Step
 
 __all__ = ["Product", "map_elements", "multiply_adds", "plain_step", "recorded_products"]
@@ -73,7 +74,7 @@ def recorded_products(step: Step) -> Counter[Product]:
     Raises:
         NotImplementedError: the step uses a convolution that is not known here, and would not be counted.
     """
-    with _Recorder() as recorder:
+    with _Recorder() as recorder, convolutions_only():
         step()
     return recorder.products
 
