@@ -206,7 +206,7 @@ def free_phase(
         first = 1  # upwards: there is nothing above to come down
     elif settings.feedback == 0:
         return phase  # the feedforward pass is the equilibrium
-    measures = trace is not None or (settings.tol > 0 and not x.is_meta)
+    measures = trace is not None or settings.tol > 0
     for step in range(first, first + settings.free_sweeps):
         groups, last = update_groups(settings.update, depth, step), step == first + settings.free_sweeps - 1
         turns = settings.update == "sweep" and (step > first or settings.start == "feedforward")
@@ -217,12 +217,14 @@ def free_phase(
             phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
         else:
             phase = _sweep(net, phase, groups, settings.feedback, last or settings.tol > 0, last)
-        if measures:
+        # Going down, sweeps change little but the lower layers: only both directions together tell whether it rests.
+        judges = settings.tol > 0 and not x.is_meta and (settings.update != "sweep" or step % 2 == 1)
+        if trace or judges:
             with torch.no_grad():
                 changes = relative_changes(phase.states, before)
             if trace:
                 trace(changes)
-            if settings.tol and torch.stack(changes).max() < settings.tol:
+            if judges and torch.stack(changes).max() < settings.tol:
                 break
     return phase
 
