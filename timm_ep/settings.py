@@ -14,14 +14,15 @@ class Settings:
         feedback: λ ≥ 0, the gain of the feedback. Weak feedback keeps deep nets well inside the range where they
             settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
         free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
-            account for feedback to first order in λ, and every further pair for one order more.
+            account for feedback to first order in λ, and every further pair for one order more. Six give every layer of
+            the registered nets a gradient cosine of 0.99 to the exact one. Accuracy changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
             be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
-        tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, in a sweep (in
-            the order `sweep`: in an upward one, after which both directions have been taken) falls below this. The
+        tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
+            this in a sweep (in the order `sweep`: an upward one, after which both directions have been taken). The
             worst layer's gradient then has a cosine to the exact one of about 1 − 15 tol², so that 0.02 gives 0.99
             (the README's table). 0 runs all sweeps and never waits for the device.
         nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `random-sign`: the same with the sign of β drawn for each batch from
@@ -55,7 +56,7 @@ class Settings:
     """
 
     feedback: float = 0.02
-    free_sweeps: int = 4
+    free_sweeps: int = 6
     nudged_sweeps: int = 1
     beta: float = 1e-6
     tol: float = 0.0
