@@ -41,6 +41,12 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
 # λ: weaker where more layers multiply the loop gain. See the table of λ in the README for how these were measured.
 _FEEDBACK = {"vgg5": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
 
+# Settings of released weights, where they are not the defaults.
+_TRAINED_WITH: dict[str, dict[str, Any]] = {
+    name: {"free_sweeps": 4}
+    for name in ("ep_vgg9_025.ep_fashion_mnist", "ep_vgg9_050.ep_cifar10", "ep_vgg16_025.ep_cifar10")
+}
+
 # A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
 # these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
 # every layer. Classic nets get PyTorch's default for convolutions, which has a variance of 1/(3 fan-in).
@@ -465,7 +471,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
 
 def _create(variant: str, base: str, width: float, pretrained: bool, **kwargs: Any) -> EpVgg:
     scaled = tuple(item if isinstance(item, str) else int(item * width) for item in _ARCHITECTURES[base])
-    kwargs = {"architecture": scaled, **kwargs}
+    released = f"{variant}.{kwargs.get('pretrained_cfg')}"
+    kwargs = {"architecture": scaled, **_TRAINED_WITH.get(released, {}), **kwargs}
     if kwargs.get("preset", "fast") == "fast":
         kwargs.setdefault("feedback", _FEEDBACK[base])
     resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
