@@ -181,7 +181,12 @@ def relative_changes(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tenso
 
 
 def free_phase(
-    net: Net, x: Tensor, settings: Settings, trace: Trace | None = None, recompute: bool = False
+    net: Net,
+    x: Tensor,
+    settings: Settings,
+    trace: Trace | None = None,
+    recompute: bool = False,
+    states_only: bool = False,
 ) -> FreePhase:
     """Settle from the start to the free equilibrium.
 
@@ -193,6 +198,7 @@ def free_phase(
         settings: the sweeps, their order, λ, the start and the tolerance.
         trace: receives the residuals of each sweep; measuring them costs two passes over the states.
         recompute: under autograd, store the states between sweeps only and settle again in the backward pass.
+        states_only: what comes back beside the states is not wanted, as in inference.
 
     Returns:
         States, pre-activations and products, lists of N.
@@ -210,13 +216,14 @@ def free_phase(
     for step in range(first, first + settings.free_sweeps):
         groups, last = update_groups(settings.update, depth, step), step == first + settings.free_sweeps - 1
         turns = settings.update == "sweep" and (step > first or settings.start == "feedforward")
-        if turns and not last:  # the layer at which the direction turns has just been updated
+        if turns and (states_only or not last):  # the layer at which the direction turns has just been updated
             groups = groups[1:]
         before = list(phase.states) if measures else []
         if recompute:
             phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
         else:
-            phase = _sweep(net, phase, groups, settings.feedback, last or settings.tol > 0, last)
+            store = not states_only and (last or settings.tol > 0)
+            phase = _sweep(net, phase, groups, settings.feedback, store, last)
         # Going down, sweeps change little but the lower layers: only both directions together tell whether it rests.
         judges = settings.tol > 0 and not x.is_meta and (settings.update != "sweep" or step % 2 == 1)
         if trace or judges:

@@ -88,10 +88,11 @@ class _Equilibrium(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
         net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
-        free = free_phase(net, x, settings)
+        learns = any(ctx.needs_input_grad)
+        free = free_phase(net, x, settings, states_only=not learns)
         # Only max pooling reads the drives of the free phase again, for their winners.
         drives = [
-            (free.newest_drive(net, layer) if coupling.max_pool else _NO_DRIVE)
+            (free.newest_drive(net, layer) if coupling.max_pool and learns else _NO_DRIVE)
             for layer, coupling in enumerate(couplings)
         ]
         ctx.settings, ctx.couplings = settings, couplings
