@@ -52,7 +52,9 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
     net, x = in_one_dtype(net, x)
     with no_autocast(x.device.type):
         if settings.gradient == "ep":
-            return _Equilibrium.apply(settings, net.couplings, x, *net.kernels, *net.biases)
+            # Asked here: inside, autograd is off.
+            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *net.kernels, *net.biases))
+            return _Equilibrium.apply(settings, learns, net.couplings, x, *net.kernels, *net.biases)
         if settings.gradient == "backprop":
             return tuple(feedforward_pass(net, x, recompute).states)
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
@@ -84,11 +86,10 @@ def no_autocast(device: str) -> AbstractContextManager[None]:
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
+        ctx: Any, settings: Settings, learns: bool, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
         net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
-        learns = any(ctx.needs_input_grad)
         free = free_phase(net, x, settings, states_only=not learns)
         # Only max pooling reads the drives of the free phase again, for their winners.
         drives = [
@@ -112,7 +113,7 @@ class _Equilibrium(torch.autograd.Function):
         net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
         free = FreePhase(Clipped(preactivations), preactivations, drives, [None] * depth, [None] * depth)
         with no_autocast(x.device.type):
-            return (None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[2:]))
+            return (None, None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[3:]))
 
 
 _NO_DRIVE: tuple[None, None, None] = (None, None, None)
