@@ -56,7 +56,7 @@ def test_command_prints_every_layer(capsys):
     cli.main(["gradcheck", "ep_vgg5_025", "--batch-size", "8", "--model-args.feedback", "0.05"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ep_vgg5_025: λ=0.05, feedback share 0.")
-    assert len(lines[1].split(": ")[1].split()) == 4
+    assert len(lines[1].split(": ")[1].split()) == 6
     assert [line.split(":")[0] for line in lines[2:6]] == [f"layer  {layer}" for layer in range(1, 5)]
 
 

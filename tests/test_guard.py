@@ -81,7 +81,7 @@ def test_too_many_skips_in_a_row_stop_the_run_with_a_diagnosis(mode, tmp_path, m
     assert "3 updates in a row were skipped, the last (update 7, epoch 1) because the loss is nan" in text
     assert "of 4 settles worst: its state changes by" in text
     assert "Lower lr=0.002, or set clip_grad; " in text
-    assert "lower feedback=0.02 or raise free_sweeps=4" in text
+    assert "lower feedback=0.02 or raise free_sweeps=6" in text
     newest = CheckpointStore(tmp_path / "checkpoints").newest()
     assert newest.path.name == "step-000000006.pt"
     assert all(value.isfinite().all() for value in newest.state["state_dict"].values())
