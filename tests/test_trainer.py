@@ -65,11 +65,14 @@ def test_prediction_names_classes_of_files_and_folders(run, tmp_path, capsys):
         data.test[index][0].save(tmp_path / f"{index}.png")
     from_files = Predict(folder, tmp_path).run()
     assert [len(answer) for answer in from_files] == [3, 3, 3]
-    assert from_files == Predict(folder, top=3).run()[:3]
+    for answer, in_a_batch in zip(from_files, Predict(folder, top=3).run(), strict=False):
+        assert [name for name, _ in answer] == [name for name, _ in in_a_batch]
+        assert [share for _, share in answer] == pytest.approx([share for _, share in in_a_batch], rel=1e-4)
     for answer in from_files:
         assert {name for name, _ in answer} <= set(data.classes)
         assert 1 >= answer[0][1] >= answer[1][1] >= answer[2][1] > 0
-    assert Predict(folder, tmp_path / "1.png", top=1).run() == [from_files[1][:1]]
+    (alone,) = Predict(folder, tmp_path / "1.png", top=1).run()
+    assert alone == [(from_files[1][0][0], pytest.approx(from_files[1][0][1], rel=1e-4))]
     assert "test image 0 (a " in capsys.readouterr().out
 
 

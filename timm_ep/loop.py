@@ -228,7 +228,8 @@ class TrainingLoop:
         else:
             where = f"update {self.updates + 1}, epoch {progress.epoch + 1}"
             self.log.warn(f"skipped {where}: {reason}.")
-            if guard.in_a_row >= options.skip_limit or broken_weights(self.task.model):
+            limit = min(options.skip_limit, self.order.updates)
+            if guard.in_a_row >= limit or broken_weights(self.task.model):
                 raise FloatingPointError(guard.diagnosis(reason, where, self.task.model, images, options))
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -108,8 +108,8 @@ class TrainingOptions:
             sweep in any layer. Above 1 a layer does not settle at all.
         residual_interval: updates between measurements of the residual: each costs a free phase of 8 images. After one
             above the limit it is measured at every update.
-        skip_limit: stop, with a diagnosis, after so many updates in a row were skipped because the loss, the gradient
-            or the residual was not finite or too large.
+        skip_limit: stop, with a diagnosis, after so many updates in a row (or an epoch of them) were skipped because
+            the loss, the gradient or the residual was not finite or too large.
         seed: of weights, order and augmentation.
         deterministic: use deterministic algorithms alone. On the CPU a run repeats itself exactly without.
         device: `cpu`, `cuda`, `cuda:1`, … Under torchrun each process takes its own.

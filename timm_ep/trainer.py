@@ -13,6 +13,7 @@ from timm_ep.assembly import RunImages, create_loop, open_images, plain_loader
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.distributed import World, join_world
+from timm_ep.evaluate import evaluate
 from timm_ep.export import save
 from timm_ep.logs import RunLog
 from timm_ep.loop import TrainingLoop
@@ -80,7 +81,14 @@ class Trainer(TrainingOptions):
             key = "state_dict_ema" if task.has_ema() else "state_dict"
             task.load_checkpoint_state(best[key], best.get("task_state"), ema=task.has_ema())
             loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
-        tested = loop.evaluate(plain_loader(self, images.source.test, images, world))
+        # Without autocast, as the model is saved and as `timm-ep validate` will test it again.
+        averaged: Any = task.get_eval_model(ema=task.has_ema())
+        tested = evaluate(
+            averaged,
+            plain_loader(self, images.source.test, images, world),
+            world.device,
+            world.sum,
+        )
         progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
         facts = RunFacts(
             architecture=model.pretrained_cfg["architecture"],
@@ -104,7 +112,6 @@ class Trainer(TrainingOptions):
         )
         if world.primary:
             loop.log.write(progress.rows)
-            averaged = task.get_eval_model(ema=task.has_ema())
             save(self.output, averaged, images.source.classes, images.size, images.mean, images.std, self.model_args)
             facts.save(self.output / RESULTS_NAME)
             self._plot(loop.log)
