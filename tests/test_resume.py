@@ -94,7 +94,7 @@ KILLS = {
     "the epoch trained, not yet validated": lambda: before_call(loop.TrainingLoop, "_end_epoch", 2),
     "validated, not yet saved": lambda: before_call(loop.TrainingLoop, "_save", 6),
     "trained, not yet tested": lambda: before_call(trainer.Trainer, "_finish", 1),
-    "tested, the model not yet saved": lambda: before_call(trainer.Trainer, "_save_model", 1),
+    "tested, the model not yet saved": lambda: before_call(trainer, "save", 1),
 }
 
 
