@@ -16,8 +16,8 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from runs import SETTINGS, changed_config, make_facts, make_run
 
+from runs import SETTINGS, changed_config, make_facts, make_run
 from timm_ep import cli
 from timm_ep.cards import Card, RunFacts, folder_card
 from timm_ep.evaluate import Validate

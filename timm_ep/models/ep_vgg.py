@@ -524,7 +524,8 @@ _FASHION_MNIST = (
     "Ankle boot",
 )
 
-# A star marks the default of an architecture: its number of classes and channels do not follow from what was released.
+# A star, after the releases, marks the default of an architecture: its number of classes and channels do not follow
+# from what was released.
 default_cfgs = generate_default_cfgs(
     {
         "ep_vgg5.untrained": _cfg(32),
@@ -540,7 +541,6 @@ default_cfgs = generate_default_cfgs(
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
-        "ep_vgg9_025.untrained*": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
             32,
             file=_shipped("ep_vgg9_025.ep_fashion_mnist"),
@@ -550,17 +550,20 @@ default_cfgs = generate_default_cfgs(
             std=(0.226,),
             label_names=_FASHION_MNIST,
         ),
+        "ep_vgg9_025.untrained*": _cfg(32),
+        "ep_vgg9_050.ep_cifar10": _cfg(
+            32, file=_shipped("ep_vgg9_050.ep_cifar10"), num_classes=10, label_names=_CIFAR10
+        ),
         "ep_vgg9_050.untrained*": _cfg(32),
-        "ep_vgg9_050.ep_cifar10": _cfg(32, file=_shipped("ep_vgg9_050.ep_cifar10"), num_classes=10, label_names=_CIFAR10),
         "ep_vgg11.untrained": _cfg(224),
         "ep_vgg11_025.untrained": _cfg(224),
         "ep_vgg11_050.untrained": _cfg(224),
         "ep_vgg13.untrained": _cfg(224),
         "ep_vgg16.untrained": _cfg(224),
-        "ep_vgg16_025.untrained*": _cfg(224),
         "ep_vgg16_025.ep_cifar10": _cfg(
             32, file=_shipped("ep_vgg16_025.ep_cifar10"), num_classes=10, pool_size=(1, 1), label_names=_CIFAR10
         ),
+        "ep_vgg16_025.untrained*": _cfg(224),
         "ep_vgg16_050.untrained": _cfg(224),
         "ep_vgg19.untrained": _cfg(224),
     }
