@@ -48,7 +48,8 @@ def test_the_best_epoch_in_validation_is_the_result_and_training_stops_when_it_n
             return result
         return type(result)(result.loss, next(accuracies), result.top5, result.feedback_share)
 
-    monkeypatch.setattr(loop, "evaluate", scripted)
+    for module in (loop, trainer):  # validation, and the final test
+        monkeypatch.setattr(module, "evaluate", scripted)
     facts = Trainer(**{**OPTIONS, "epochs": 9}, val_split=0.25, patience=2, output=tmp_path).run()
     assert facts.epochs == 4
     assert [float(row["val_accuracy"]) for row in rows_of(tmp_path)] == [10, 30, 20, 25]
