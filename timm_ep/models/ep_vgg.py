@@ -510,6 +510,7 @@ def _shipped(name: str) -> str:
     return str(files("timm_ep") / "weights" / f"{name}.safetensors")
 
 
+_GREY: dict[str, Any] = {"input_size": (1, 32, 32), "mean": (0.449,), "std": (0.226,)}
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FASHION_MNIST = (
     "T-shirt/top",
@@ -530,25 +531,13 @@ default_cfgs = generate_default_cfgs(
     {
         "ep_vgg5.untrained": _cfg(32),
         "ep_vgg5_025.ep_digits": _cfg(
-            32,
-            file=_shipped("ep_vgg5_025.ep_digits"),
-            num_classes=10,
-            input_size=(1, 32, 32),
-            mean=(0.449,),
-            std=(0.226,),
-            label_names=tuple("0123456789"),
+            32, file=_shipped("ep_vgg5_025.ep_digits"), num_classes=10, label_names=tuple("0123456789"), **_GREY
         ),
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
-            32,
-            file=_shipped("ep_vgg9_025.ep_fashion_mnist"),
-            num_classes=10,
-            input_size=(1, 32, 32),
-            mean=(0.449,),
-            std=(0.226,),
-            label_names=_FASHION_MNIST,
+            32, file=_shipped("ep_vgg9_025.ep_fashion_mnist"), num_classes=10, label_names=_FASHION_MNIST, **_GREY
         ),
         "ep_vgg9_025.untrained*": _cfg(32),
         "ep_vgg9_050.ep_cifar10": _cfg(
