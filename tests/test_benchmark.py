@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_batch, make_net
 from torch.testing import assert_close
 
+from conftest import make_batch, make_net
 from runs import make_run
 from timm_ep import benchmark, classic, cli, measure
 from timm_ep.benchmark import Benchmark

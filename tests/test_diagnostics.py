@@ -1,8 +1,8 @@
 import pytest
 import timm
 import torch
-from conftest import make_batch, make_net
 
+from conftest import make_batch, make_net
 from timm_ep.diagnostics import diagnose
 from timm_ep.reference import Reference
 from timm_ep.signals import LocalErrors

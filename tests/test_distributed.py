@@ -12,11 +12,11 @@ import time
 import pytest
 import timm
 import torch
-from conftest import make_batch, make_net
 from safetensors.torch import load_file
-from test_resume import assert_same, final_state, train, updates_seen
 from torch.testing import assert_close
 
+from conftest import make_batch, make_net
+from test_resume import assert_same, final_state, train, updates_seen
 from timm_ep.distributed import join_world
 from timm_ep.loader import EpochOrder
 from timm_ep.signals import LocalErrors

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from conftest import make_batch, make_net
 from timm_ep.dynamics import Settings, _sweep, coordinate_scales, feedforward_pass, free_phase, nudged_phase
 from timm_ep.energy import energy
 from timm_ep.equilibrium import with_short_products

@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 from torch.testing import assert_close
 
+from conftest import make_batch, make_net
 from timm_ep.energy import Coupling, Net, energy, fold_average_pool, max_pool
 from timm_ep.reference import Reference
 

@@ -9,11 +9,11 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 from timm.models._features_fx import get_notrace_modules
 from torch.testing import assert_close
 
 import timm_ep
+from conftest import make_batch, make_net
 
 NAMES = timm.list_models("ep_*")
 SMALL = "ep_vgg5_025"

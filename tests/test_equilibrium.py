@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 from torch.testing import assert_close
 
+from conftest import make_batch, make_net
 from timm_ep.reference import Reference
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 from PIL import Image
 
+from conftest import make_batch, make_net
 from timm_ep import cli, gradient_check
 from timm_ep.evaluate import feedback_share
 from timm_ep.gdu import step_check

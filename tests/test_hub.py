@@ -16,13 +16,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hub_client import Client
-from hub_server import HubServer
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image
-from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
 from safetensors.torch import load_file, save
 
+from hub_client import Client
+from hub_server import HubServer
+from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
 from timm_ep import cli, hub
 from timm_ep.export import prepare
 

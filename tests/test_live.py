@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
 from torch.testing import assert_close
 
+from conftest import make_batch
 from timm_ep import EpVgg, Settings
 from timm_ep.dynamics import coordinate_scales, free_phase, nudged_phase, nudged_states, phase_at
 from timm_ep.evaluate import Validate

@@ -10,8 +10,8 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 
+from conftest import make_batch, make_net
 from timm_ep.energy import Drive
 from timm_ep.losses import readout_criterion
 from timm_ep.signals import LocalErrors

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
 
+from conftest import make_batch
 from timm_ep import EpVgg
 from timm_ep.measure import Quartiles
 from timm_ep.products import Product, multiply_adds, plain_step, recorded_products

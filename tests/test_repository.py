@@ -13,9 +13,9 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import Bomb, changed_config, changed_weights, make_facts, make_run, pickled_weights
 from safetensors.torch import load_file, save, save_file
 
+from runs import Bomb, changed_config, changed_weights, make_facts, make_run, pickled_weights
 from timm_ep import EpVgg
 from timm_ep.evaluate import Validate, load_run
 from timm_ep.predict import Predict

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_net
 
+from conftest import make_batch, make_net
 from timm_ep.signals import FeatureDistillation, LocalErrors, LogitDistillation, layer_weights
 from timm_ep.task import EpTask
 from timm_ep.teachers import Teacher
