@@ -15,6 +15,7 @@ from timm_ep.convolution import adjoint, convolve, kernel_gradient
 def test_products_are_those_of_torch(matrix, size, taps, stride, padding, monkeypatch):
     if min(size) + 2 * padding < taps:
         size = (2, 2)
+    monkeypatch.setattr(convolution, "_LARGE_KERNEL", 0)
     for limit in ("_SMALL_MAP", "_SMALL_MAP_OF_GRADIENT"):
         monkeypatch.setattr(convolution, limit, 1000 if matrix else 0)
     below = torch.randn(3, 5, *size, dtype=torch.float64, requires_grad=True)
@@ -41,9 +42,11 @@ def test_small_maps_take_the_matrix_product(monkeypatch):
     monkeypatch.setattr(convolution.F, "conv2d", refuse)
     monkeypatch.setattr(convolution.F, "conv_transpose2d", refuse)
     monkeypatch.setattr(convolution, "conv2d_weight", refuse)
-    below, kernel = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 4, 4)
+    below, kernel = torch.randn(2, 3, 4, 4), torch.randn(25, 3, 4, 4)
     above = convolve(below, kernel, None, 2, 1)
-    adjoint(above, kernel, below.shape[-2:], 2, 1)
+    adjoint(above, kernel, (4, 4), 2, 1)
     kernel_gradient(below, above, kernel, 2, 1)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError):  # a large map
         convolve(torch.randn(2, 3, 8, 8), kernel, None, 2, 1)
+    with pytest.raises(AssertionError):  # a small kernel
+        convolve(torch.randn(9, 3, 4, 4), kernel, None, 2, 1)

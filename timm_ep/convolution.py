@@ -1,39 +1,52 @@
 """The three products of a convolution: forwards, its adjoint, and the gradient of its kernel.
 
 On a CPU, convolutions of small maps spend their time on arranging the kernel, which is larger than what it is applied
-to: as matrix products of patches they take a third to a tenth of it. The results are the same up to rounding.
+to: as matrix products of patches they take a third to a tenth of it. The results are the same up to rounding. For the
+smallest maps of all see `timm_ep.dense`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 _matrix_products = True
 
-# Positions of the upper map up to which the matrix product is the faster one, for 64 to 128 images and 128 to 512
-# channels. The kernel's gradient is by far the slowest as a convolution.
-_SMALL_MAP = 4
+# The matrix product is the faster one for maps above of so many positions, by a kernel so many times as large as the
+# map below (measured with 64 to 128 images and 128 to 512 channels). The kernel's gradient is by far the slowest as a
+# convolution.
+_SMALL_MAP, _LARGE_KERNEL = 4, 3
 _SMALL_MAP_OF_GRADIENT = 16
+
+Size = tuple[int, int]
+
+
+def upper_size(kernel: Tensor, size: Size, stride: int, padding: int) -> Size:
+    """Height and width of the map above one of `size`."""
+    height, width = (
+        (pixels + 2 * padding - taps) // stride + 1 for pixels, taps in zip(size, kernel.shape[-2:], strict=True)
+    )
+    return height, width
 
 
 def convolve(below: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """W ⋆ `below` + b: as `F.conv2d`."""
-    height, width = _upper_size(below, kernel, stride, padding)
-    if not _is_small(below, height * width, _SMALL_MAP):
+    small = kernel.numel() >= _LARGE_KERNEL * below.numel()
+    height, width = upper_size(kernel, (below.shape[-2], below.shape[-1]), stride, padding) if small else (0, 0)
+    if not small or not _is_small(below, height * width, _SMALL_MAP):
         return F.conv2d(below, kernel, bias, stride, padding)
     out = F.linear(_patches(below, kernel, stride, padding), _as_matrix(kernel), bias)
     return out.view(len(below), height, width, len(kernel)).permute(0, 3, 1, 2)
 
 
-def adjoint(above: Tensor, kernel: Tensor, size: torch.Size, stride: int, padding: int) -> Tensor:
+def adjoint(above: Tensor, kernel: Tensor, size: Size, stride: int, padding: int) -> Tensor:
     """Wᵀ ⋆ `above`, on a map of `size` (height, width), odd ones included: as `F.conv_transpose2d`."""
     height, width = above.shape[-2:]
     rows, columns = kernel.shape[-2:]
-    if not _is_small(above, height * width, _SMALL_MAP):
+    elements = len(above) * kernel.shape[1] * size[0] * size[1]
+    if not _is_small(above, height * width, _SMALL_MAP) or kernel.numel() < _LARGE_KERNEL * elements:
         pads = [
             full - ((out - 1) * stride - 2 * padding + taps)
             for full, out, taps in zip(size, (height, width), (rows, columns), strict=True)
@@ -57,6 +70,11 @@ def kernel_gradient(below: Tensor, above: Tensor, kernel: Tensor, stride: int, p
     return gradient.view(out_chs, rows, columns, in_chs).permute(0, 3, 1, 2)
 
 
+def matrices_allowed() -> bool:
+    """Whether products may be computed otherwise than as convolutions."""
+    return _matrix_products
+
+
 @contextmanager
 def convolutions_only() -> Iterator[None]:
     """Every product as a convolution, for those who count them."""
@@ -70,14 +88,6 @@ def convolutions_only() -> Iterator[None]:
 
 def _is_small(operand: Tensor, positions: int, limit: int) -> bool:
     return _matrix_products and operand.device.type == "cpu" and positions <= limit
-
-
-def _upper_size(below: Tensor, kernel: Tensor, stride: int, padding: int) -> tuple[int, int]:
-    height, width = (
-        (size + 2 * padding - taps) // stride + 1
-        for size, taps in zip(below.shape[-2:], kernel.shape[-2:], strict=True)
-    )
-    return height, width
 
 
 def _patches(below: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:

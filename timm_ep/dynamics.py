@@ -123,7 +123,13 @@ def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
 
 
 def _sweep(
-    net: Net, phase: FreePhase, groups: list[list[int]], feedback: float, store: bool = True, last: bool = False
+    net: Net,
+    phase: FreePhase,
+    groups: list[list[int]],
+    feedback: float,
+    store: bool = True,
+    last: bool = False,
+    downwards: bool | None = None,
 ) -> FreePhase:
     """One update of every layer in the groups. The phase itself moves on, so that old tensors are freed on the way.
 
@@ -134,10 +140,13 @@ def _sweep(
         feedback: λ.
         store: keep the pre-activations.
         last: let go of the products, but for the winners of max pooling.
+        downwards: the direction, if layer after layer. Then the neighbour that is next will spoil the product that came
+            from it, so that the sum of both can take its place in memory.
     """
     states, preactivations = cast("list[Tensor]", phase.states), phase.preactivations
     drives, feedbacks, moves = phase.drives, phase.feedbacks, phase.moves
     top = len(states) - 1
+    in_place = not torch.is_grad_enabled()  # a new map costs as much as what is computed in it
 
     for group in groups:
         for layer in group:
@@ -150,14 +159,22 @@ def _sweep(
                         above = phase.newest_drive(net, layer + 1).route(above)
                     back = net.feedback(layer + 1, above, states[layer])
                     feedbacks[layer] = back
-                preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback)
+                out = None
+                if in_place and (last or downwards is False):
+                    out = back
+                elif in_place and downwards and layer and net.half is None and not net.couplings[layer].max_pool:
+                    out = preactivations[layer]
+                preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback, out=out)
             if last:
                 feedbacks[layer] = None
                 if not net.couplings[layer].max_pool:
                     drives[layer] = None
         for layer in group:
             before, states[layer] = states[layer] if net.half else None, preactivations[layer]  # frees the old state
-            states[layer] = states[layer].clamp(0, 1)
+            if not store and in_place and layer < top and feedback:  # else this is the drive itself
+                states[layer].clamp_(0, 1)
+            else:
+                states[layer] = states[layer].clamp(0, 1)
             if not store:
                 preactivations[layer] = states[layer]
             if layer:
@@ -223,7 +240,8 @@ def free_phase(
             phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
         else:
             store = not states_only and (last or settings.tol > 0)
-            phase = _sweep(net, phase, groups, settings.feedback, store, last)
+            downwards = step % 2 == 0 if settings.update == "sweep" else None
+            phase = _sweep(net, phase, groups, settings.feedback, store, last, downwards)
         # Going down, sweeps change little but the lower layers: only both directions together tell whether it rests.
         judges = settings.tol > 0 and not x.is_meta and (settings.update != "sweep" or step % 2 == 1)
         if trace or judges:
@@ -381,8 +399,10 @@ def _held_sum(
         total.add_(pull)
     if force is not None:
         total.sub_(force)
-    bounds = (edge, edge + scale)
-    return total.clamp_(*(bounds if scale > 0 else bounds[::-1]))
+    # One bound after the other, in one map: of which is which, the sign of β decides.
+    hold, hold_other = (torch.maximum, torch.minimum) if scale > 0 else (torch.minimum, torch.maximum)
+    hold(total, edge, out=total)
+    return hold_other(total, edge.add_(scale), out=total)
 
 
 def _rise(

@@ -12,14 +12,14 @@ Wᵀ ⋆ Pᵀ s to the layer below. Average pooling is linear and is folded into
 coupling is either one (strided) convolution, or a convolution followed by max pooling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ep.convolution import adjoint, convolve, kernel_gradient
+from timm_ep import convolution, dense
 
 
 def fold_average_pool(kernel: Tensor) -> Tensor:
@@ -86,11 +86,32 @@ class Coupling:
         stride: of the convolution; 2 where average pooling is folded into the kernel.
         padding: of the convolution, in pixels on each side.
         max_pool: 2×2 max pooling at stride 2 after the convolution.
+        dense: height and width of the map above (before max pooling), where the kernel is written out as a matrix
+            between whole maps (`timm_ep.dense`).
     """
 
     stride: int = 1
     padding: int = 1
     max_pool: bool = False
+    dense: tuple[int, int] | None = None
+
+    def convolve(self, below: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W ⋆ `below` + b, before max pooling."""
+        if self.dense:
+            return dense.convolve(below, kernel, bias, self.dense)
+        return convolution.convolve(below, kernel, bias, self.stride, self.padding)
+
+    def adjoint(self, above: Tensor, kernel: Tensor, size: tuple[int, int]) -> Tensor:
+        """Wᵀ ⋆ `above`, on a map of `size`."""
+        if self.dense:
+            return dense.adjoint(above, kernel, size)
+        return convolution.adjoint(above, kernel, size, self.stride, self.padding)
+
+    def kernel_gradient(self, below: Tensor, above: Tensor, kernel: Tensor) -> Tensor:
+        """∂⟨`above`, W ⋆ `below`⟩/∂W, summed over the batch, in the shape of `kernel`."""
+        if self.dense:
+            return dense.matrix_gradient(below, above)
+        return convolution.kernel_gradient(below, above, kernel, self.stride, self.padding)
 
 
 class Net(NamedTuple):
@@ -110,31 +131,45 @@ class Net(NamedTuple):
 
     def drive(self, layer: int, below: Tensor) -> Drive:
         """P(W ⋆ `below`) + b."""
-        coupling = self.couplings[layer]
-        out = convolve(below, self.kernels[layer], self.biases[layer], coupling.stride, coupling.padding)
-        return max_pool(out) if coupling.max_pool else Drive(out)
+        out = self.couplings[layer].convolve(below, self.kernels[layer], self.biases[layer])
+        return max_pool(out) if self.couplings[layer].max_pool else Drive(out)
 
     def push(self, layer: int, difference: Tensor) -> Tensor:
         """W ⋆ `difference`: by how much W ⋆ s moves with s."""
-        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
-        out = convolve(difference.to(kernel.dtype), kernel, None, coupling.stride, coupling.padding)
+        kernel = self._short_kernel(layer)
+        out = self.couplings[layer].convolve(difference.to(kernel.dtype), kernel)
         return out.to(self.kernels[layer].dtype)
 
     def feedback(self, layer: int, above: Tensor, below: Tensor) -> Tensor:
         """Wᵀ ⋆ `above`: the adjoint of the convolution, in the spatial size of `below` (odd sizes included)."""
-        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
-        out = adjoint(above.to(kernel.dtype), kernel, below.shape[-2:], coupling.stride, coupling.padding)
+        kernel = self._short_kernel(layer)
+        out = self.couplings[layer].adjoint(above.to(kernel.dtype), kernel, (below.shape[-2], below.shape[-1]))
         return out.to(self.kernels[layer].dtype)
 
     def kernel_contrast(self, layer: int, below: Tensor, above: Tensor) -> Tensor:
         """`above` ⊗ `below` = ∂⟨above, W ⋆ below⟩/∂W, summed over the batch."""
-        coupling, kernel = self.couplings[layer], self._short_kernel(layer)
-        below, above = below.to(kernel.dtype), above.to(kernel.dtype)
-        out = kernel_gradient(below, above, kernel, coupling.stride, coupling.padding)
+        kernel = self._short_kernel(layer)
+        out = self.couplings[layer].kernel_gradient(below.to(kernel.dtype), above.to(kernel.dtype), kernel)
         return out.to(self.kernels[layer].dtype)
 
     def _short_kernel(self, layer: int) -> Tensor:
         return (self.half or self.kernels)[layer]
+
+    def written_out(self, size: tuple[int, int]) -> "Net":
+        """The same net for images of `size` (height, width), with matrices for the kernels of its smallest maps.
+
+        Differentiable, and the same again for a net that is written out already.
+        """
+        couplings, kernels = list(self.couplings), list(self.kernels)
+        for layer, coupling in enumerate(couplings):
+            upper, geometry = coupling.dense, (size, coupling.stride, coupling.padding)
+            if upper is None and dense.is_small(size) and convolution.matrices_allowed():
+                kernels[layer], upper = dense.matrix_of(kernels[layer], *geometry)
+                couplings[layer] = replace(coupling, dense=upper)
+            elif upper is None:
+                upper = convolution.upper_size(kernels[layer], *geometry)
+            size = (upper[0] // 2, upper[1] // 2) if coupling.max_pool else upper
+        return self._replace(couplings=tuple(couplings), kernels=tuple(kernels))
 
 
 def energy(net: Net, x: Tensor, states: tuple[Tensor, ...] | list[Tensor], feedback: float) -> Tensor:

@@ -49,7 +49,7 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
     Returns:
         N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
     """
-    net, x = in_one_dtype(net, x)
+    net, x = prepared(net, x)
     with no_autocast(x.device.type):
         if settings.gradient == "ep":
             # Asked here: inside, autograd is off.
@@ -60,14 +60,18 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
 
 
-def in_one_dtype(net: Net, x: Tensor) -> tuple[Net, Tensor]:
-    """Net and input in the dtype to settle in: that of autocast where it is on, else that of the kernels."""
+def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
+    """Net and input as they settle: in the dtype of autocast where it is on, else that of the kernels; in channels-last
+    format; and with the kernels of small maps written out as matrices."""
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
-    # Settling repeats convolutions and their adjoints on the same maps: channels-last is the faster format for both.
-    x, *kernels = (t.to(dtype=dtype, memory_format=torch.channels_last) for t in (x, *net.kernels))
-    return Net(net.couplings, tuple(kernels), tuple(bias.to(dtype) for bias in net.biases)), x
+    with no_autocast(device):
+        kernels, biases = (tuple(tensor.to(dtype) for tensor in tensors) for tensors in (net.kernels, net.biases))
+        net = Net(net.couplings, kernels, biases).written_out((x.shape[-2], x.shape[-1]))
+        # Settling repeats convolutions and their adjoints on the same maps: this is the faster format for both.
+        kernels = tuple(k if k.dim() == 2 else k.to(memory_format=torch.channels_last) for k in net.kernels)
+        return net._replace(kernels=kernels), x.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def with_short_products(net: Net, settings: Settings) -> Net:
@@ -191,28 +195,28 @@ def contrast(
     x_grad = torch.zeros_like(x) if needs_x else None
     kernel_grads: list[Tensor | None] = [None] * depth
     bias_grads: list[Tensor | None] = [None] * depth
-    below_weighted: Tensor | None = None
+    state = x
     for layer in range(depth):
+        below, state = state, free.states[layer]
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
-        weighted = None if delta is None else delta * weights
         difference = routed_difference(layer, free, nudged, scales)
-        if difference is not None:
-            difference = weighted if difference is delta else difference * weights
         if needs_bias[layer]:
-            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if weighted is None else -weighted.sum((0, 2, 3))
+            summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * weights).sum((0, 2, 3))
+            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else -summed
         if needs_kernel[layer]:
             total = torch.zeros_like(net.kernels[layer])
             if difference is not None:
-                below = free.states[layer - 1] if layer else x
                 if below_delta is not None:  # the nudged state, so that both terms make the whole difference
-                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1])
+                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1]).mul_(weights)
+                else:
+                    below = below * weights
                 total.sub_(net.kernel_contrast(layer, below, difference))
-            if below_weighted is not None and settings.feedback:
+                del below  # it may be the largest map of all
+            if below_delta is not None and settings.feedback:
                 drive = free.drives[layer]
-                state = drive.route(free.states[layer]) if drive else free.states[layer]
-                total.sub_(net.kernel_contrast(layer, below_weighted, state), alpha=settings.feedback)
+                routed = drive.route(state) if drive else state
+                total.sub_(net.kernel_contrast(layer, below_delta, routed * weights), alpha=settings.feedback)
             kernel_grads[layer] = total
         if x_grad is not None and layer == 0 and difference is not None:
-            x_grad = -net.feedback(0, difference, x)
-        below_weighted = weighted
+            x_grad = -net.feedback(0, difference, x) * weights
     return [x_grad, *kernel_grads, *bias_grads]

@@ -31,7 +31,7 @@ from timm_ep.dynamics import (
     phase_at,
 )
 from timm_ep.energy import Net
-from timm_ep.equilibrium import contrast, in_one_dtype, no_autocast
+from timm_ep.equilibrium import contrast, no_autocast, prepared
 from timm_ep.settings import Settings
 
 __all__ = ["LossOfStates", "live_loss"]
@@ -63,7 +63,7 @@ def live_loss(
     Raises:
         ValueError: the loss is no scalar, or depends on no state.
     """
-    settled_net, settled_x = in_one_dtype(net, x)
+    settled_net, settled_x = prepared(net, x)
     inputs = (settled_x, *settled_net.kernels, *settled_net.biases, *parameters)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
     objective = _Objective(loss, x)

@@ -1,5 +1,6 @@
 """Time and memory of a step: measured in turn with others, or in a process of its own."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -24,7 +25,8 @@ __all__ = ["Machine", "Quartiles", "Step", "StepCost", "in_fresh_process", "in_t
 
 Step = Callable[[], object]
 clock = time.perf_counter
-_WARM_UP, _TIMED = 1, 3  # steps in a fresh process
+_WEIGHED, _WARM_UP, _TIMED = 2, 1, 3  # steps in a fresh process
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class StepCost(NamedTuple):
 
     Attributes:
         megabytes: peak memory beyond what the process held before its first step, in 10⁶ bytes: without the model and
-            the images, with the gradients.
-        seconds: of a step after the first, the fastest of three.
+            the images, with the gradients. What is allocated, on a GPU as torch counts it; on Linux, malloc is told to
+            give back what is freed, as what it would keep differs by tens of MB from run to run of the same step.
+        seconds: of a step after the first, the fastest of three, with a malloc that keeps what is freed.
     """
 
     megabytes: float
@@ -99,12 +102,24 @@ def in_fresh_process(
 def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, threads: int | None) -> StepCost:
     if threads:
         torch.set_num_threads(threads)
+    _keep_freed_memory(False)
     step = make(*args)
     _load_code(device)
     _forget_peak(device)
     before = _peak(device)
+    for _ in range(_WEIGHED):
+        step()
+    megabytes = (_peak(device) - before) / 1e6
+    _keep_freed_memory(True)
     seconds = [_seconds(step, device) for _ in range(_WARM_UP + _TIMED)]
-    return StepCost((_peak(device) - before) / 1e6, min(seconds[_WARM_UP:]))
+    return StepCost(megabytes, min(seconds[_WARM_UP:]))
+
+
+def _keep_freed_memory(keep: bool) -> None:
+    """Whether glibc's malloc keeps blocks of up to 32 MB for later ones; other libraries do as they do."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25 if keep else 2**16)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**26 if keep else 2**16)
 
 
 def _load_code(device: str) -> None:

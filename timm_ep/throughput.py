@@ -1,16 +1,18 @@
 """The throughput that settling reaches, as a share of that of its convolutions by themselves."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from timm_ep.convolution import convolutions_only
 from timm_ep.energy import Net
-from timm_ep.equilibrium import equilibrium
+from timm_ep.equilibrium import equilibrium, prepared
 from timm_ep.measure import Quartiles, Step
 from timm_ep.models import EpVgg
-from timm_ep.products import multiply_adds, plain_step, recorded_products
+from timm_ep.products import Product, multiply_adds, plain_step, recorded_products
 from timm_ep.settings import Settings
 
 __all__ = ["Share", "Throughput"]
@@ -43,6 +45,7 @@ class Throughput:
     """Steps to be timed in turn, and the shares from their times.
 
     The settling alone: no kernels to make from the parameters and no read-out, but a random force on the last layer.
+    The plain step computes all as convolutions, also what settles as a product of matrices.
 
     Args:
         model: by whose settings it settles.
@@ -55,15 +58,13 @@ class Throughput:
     def __init__(self, model: EpVgg, images: Tensor) -> None:
         self.steps: dict[str, Step] = {}
         settings = replace(model.settings, gradient="ep")
-        net = model.net((images.shape[-2], images.shape[-1]))
-        for name in ("float32", "bfloat16"):
-            dtype = getattr(torch, name)
-            x = images.to(dtype, memory_format=torch.channels_last)
-            kernels = [k.detach().to(dtype, memory_format=torch.channels_last).requires_grad_() for k in net.kernels]
-            biases = [bias.detach().to(dtype, copy=True).requires_grad_() for bias in net.biases]
-            cast = Net(net.couplings, tuple(kernels), tuple(biases))
-            self.steps[f"free {name}"], self.steps[f"step {name}"] = _phases(cast, x, settings)
-        self._products = {name: recorded_products(step) for name, step in self.steps.items()}
+        self._products: dict[str, Counter[Product]] = {}
+        for dtype in ("float32", "bfloat16"):
+            names = [f"{phase} {dtype}" for phase in ("free", "step")]
+            self.steps |= zip(names, _phases(*_leaves(model, images, getattr(torch, dtype)), settings), strict=True)
+            with convolutions_only():
+                as_convolutions = _phases(*_leaves(model, images, getattr(torch, dtype)), settings)
+            self._products |= zip(names, map(recorded_products, as_convolutions), strict=True)
         for name, products in self._products.items():
             self.steps[f"plain {name}"] = plain_step(products, str(images.device))
 
@@ -76,6 +77,15 @@ class Throughput:
             share = plain.median / settling.median
             rows.append(Share(phase, dtype, products.total(), multiply_adds(products), settling, plain, share))
         return rows
+
+
+def _leaves(model: EpVgg, images: Tensor, dtype: torch.dtype) -> tuple[Net, Tensor]:
+    """Net and images as they settle, cut off from the parameters."""
+    net = model.net((images.shape[-2], images.shape[-1]))
+    kernels, biases = (tuple(t.detach().to(dtype) for t in tensors) for tensors in (net.kernels, net.biases))
+    net, x = prepared(Net(net.couplings, kernels, biases), images.to(dtype))
+    kernels, biases = (tuple(t.clone().requires_grad_() for t in tensors) for tensors in (net.kernels, net.biases))
+    return net._replace(kernels=kernels, biases=biases), x
 
 
 def _phases(net: Net, x: Tensor, settings: Settings) -> tuple[Step, Step]:
