@@ -183,6 +183,7 @@ def test_no_force_gives_exactly_zero():
         ({"pool": "none"}, ValueError, "'avg', 'max'"),
         ({"products": "int8"}, ValueError, "'full', 'bfloat16', 'float16'"),
         ({"gradient": "sgd"}, ValueError, "'ep', 'bptt', 'backprop'"),
+        ({"products": "bfloat16", "forces": "live"}, ValueError, "products='bfloat16' would drown live forces"),
     ],
 )
 def test_a_bad_setting_is_named(option, error, message):

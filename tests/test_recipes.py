@@ -52,7 +52,7 @@ def test_recipes_train_a_teacher_and_a_student_of_it(recipe, images, tmp_path):
     full = timm.create_model(values["model"], device="meta")
     widths = [[8, "M"] if pooled else [8] for pooled in full.pooled]
     narrow = {"architecture": sum(widths, [])}  # noqa: RUF017
-    options = {**values, **TINY, "data_dir": images, "model_args": narrow}
+    options = {**values, **TINY, "data_dir": images, "model_args": {**values.get("model_args", {}), **narrow}}
     if "val_split" in values:
         options["val_split"] = 0.2
     Trainer(**{**options, **ALONE, "output": tmp_path / "teacher"}).run()

@@ -46,13 +46,13 @@ class Settings:
             multiplies, those with differences of states, and the contrast. States stay in the dtype of the kernels, and
             so does nearly all of the accuracy, from the feedforward start; the products take a third to a half of the
             time where the device has units for it. `full`: all in the dtype of the kernels. Autocast instead takes
-            states and all into the short dtype.
+            states and all into the short dtype. For EP with frozen forces: `bptt` and `backprop` compute in full.
         gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
             the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
 
     Raises:
         TypeError: a value of another type.
-        ValueError: a value outside of these.
+        ValueError: a value outside of these, or short products with live forces.
     """
 
     feedback: float = 0.02
@@ -87,6 +87,11 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
         if self.beta == 0:
             raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
+        if self.forces == "live" and self.products != "full":
+            raise ValueError(
+                f"products={self.products!r} would drown live forces, which need every product to the last bit; use "
+                "products='full', or forces='frozen'."
+            )
 
     @property
     def live(self) -> bool:
