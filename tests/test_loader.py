@@ -1,5 +1,12 @@
 """Training batches as a function of seed, epoch and position alone."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +102,44 @@ def test_every_augmentation_of_timm_works_on_its_own_and_on_grey_images(options,
     assert not torch.equal(changed, plain)
     if "hflip" in options:
         assert torch.allclose(changed, plain.flip(2))
+
+
+TRAINER = """
+import multiprocessing, time
+from test_loader import EpochOrder, make_samples, training_loader
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    batches = iter(training_loader(make_samples(), EpochOrder(150, 16, 0), workers=2))
+    next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_with_a_trainer_that_was_killed(method, tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER.format(method=method))
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **paths}, text=True) as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(runs, workers))
+        trainer.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(runs, workers))
+
+
+def runs(pid):
+    """Whether the process is there, and not only waits for somebody to take note of its end."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"

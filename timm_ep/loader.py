@@ -5,8 +5,11 @@ in the training. So a run that is resumed in mid-epoch sees what it would have s
 processes nor that of ranks changes an image: W ranks × B images are one process × W·B images.
 """
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -126,13 +129,21 @@ def training_loader(samples: Samples, order: EpochOrder, workers: int = 0, pin: 
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_leave_interrupts_to_the_trainer,
+        worker_init_fn=_serve_the_trainer,
     )
 
 
-def _leave_interrupts_to_the_trainer(_: int) -> None:
+def _serve_the_trainer(_: int) -> None:
     # Ctrl-C reaches every process of a terminal; the batches under way are still wanted.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch's own watch is on the parent, which under forkserver is the server, and that lives as long as its children.
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    if trainer := multiprocessing.parent_process():
+        trainer.join()
+        os._exit(1)
 
 
 def augmentation(
