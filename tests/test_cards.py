@@ -153,7 +153,9 @@ def test_what_a_run_says_is_text_in_its_card(tmp_path):
     """HTML, Markdown, YAML, Jinja and terminal sequences, in every field that holds text."""
     run = make_run(tmp_path / "run")
     settings = dict.fromkeys(make_facts().settings, EVIL)
-    texts = dict.fromkeys(("dataset", "teacher", "machine", "torch_version", "timm_version", "timm_ep_version"), EVIL)
+    texts = dict.fromkeys(
+        ("dataset", "teacher", "started_from", "machine", "torch_version", "timm_version", "timm_ep_version"), EVIL
+    )
     facts = make_facts(**texts, command=f"```\n{EVIL}", signals={EVIL: 1.0}, settings=settings, dataset_id=EVIL)
     facts.save(run / "results.json")
     facts.save(run / "twin.json")

@@ -23,7 +23,7 @@ def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
     facts = RunFacts.load(tmp_path / "run" / "results.json")
     assert (facts.epochs, facts.n_train, facts.settings["free_sweeps"]) == (1, 64, 2)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"accuracy: {facts.top1:.1f} % (ep_vgg5_025, ")
+    assert last.startswith(f"accuracy: {facts.top1:.2f} % (ep_vgg5_025, ")
     cli.main(["validate", str(tmp_path / "run")])
     cli.main(["predict", str(tmp_path / "run"), "--top", "1"])
     assert len(capsys.readouterr().out.splitlines()) == 6

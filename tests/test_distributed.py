@@ -141,7 +141,7 @@ def test_torchrun_trains_as_one_process_and_only_the_first_rank_talks(tmp_path):
         moved = (weight - start[name]).norm()
         assert (theirs[name] - weight).norm() < 0.01 * moved, name  # which is not for want of learning
         assert moved > 1e-4, name
-    assert f"accuracy: {facts.top1:.1f} %" in done.stdout.splitlines()[-1]
+    assert f"accuracy: {facts.top1:.2f} %" in done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,8 @@ def test_a_file_of_weights_alone_is_a_start(start, few, tmp_path):
 def test_a_tuned_run_is_a_start_again(start, few, tmp_path):
     """Widths and settings go on from run to run."""
     options = {**QUICK, **few, "initial_checkpoint": start, "output": tmp_path / "tuned"}
-    assert Trainer(**options).run().settings["feedback"] == 0.03
+    facts = Trainer(**options).run()
+    assert (facts.settings["feedback"], facts.started_from) == (0.03, str(start))
     again = Trainer(**QUICK, initial_checkpoint=tmp_path / "tuned", train_images=32, output=tmp_path / "again").run()
     assert (again.settings["feedback"], again.settings["pool"]) == (0.03, "max")
 

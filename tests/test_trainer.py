@@ -55,7 +55,7 @@ def test_a_run_learns_and_writes_what_timm_loads(run):
 def test_validation_finds_the_same_accuracy_again(run, capsys):
     folder, facts = run
     assert Validate(folder).run().top1 == facts.top1
-    assert capsys.readouterr().out.startswith(f"accuracy: {facts.top1:.1f} % (ep_vgg5_025, ")
+    assert capsys.readouterr().out.startswith(f"accuracy: {facts.top1:.2f} % (ep_vgg5_025, ")
 
 
 def test_prediction_names_classes_of_files_and_folders(run, tmp_path, capsys):

@@ -71,6 +71,8 @@ class RunFacts:
             None where there is no feedback (`gradient="backprop"`).
         signals: weight of each intermediate error signal by name; empty for plain EP.
         teacher: timm name of the distillation teacher, if any.
+        started_from: the trained weights that the run started from, a name or a folder; None for random ones. Epochs
+            and seconds are those after them.
         machine: the processor it was trained on.
         torch_version: of PyTorch.
         timm_version: of timm.
@@ -92,6 +94,7 @@ class RunFacts:
     feedback_share: float | None
     signals: dict[str, float] = field(default_factory=dict)
     teacher: str | None = None
+    started_from: str | None = None
     machine: str = field(default_factory=machine_description)
     torch_version: str = field(default_factory=lambda: torch.__version__)
     timm_version: str = field(default_factory=lambda: version("timm"))
@@ -245,6 +248,7 @@ def _fact_texts(facts: RunFacts) -> dict[str, Any]:
         "feedback_share": "none" if facts.feedback_share is None else f"{facts.feedback_share:.1%}",
         "signals": ", ".join(f"{signal} (weight {weight})" for signal, weight in facts.signals.items()) or "none",
         "teacher": facts.teacher or "none",
+        "started_from": facts.started_from or "random weights",
     }
     longest = max(map(len, re.findall("`+", facts.command)), default=0)
     return {

@@ -121,7 +121,7 @@ class Validate:
             with replacing(self.output) as temporary:
                 values = {"architecture": facts.architecture, "n_test": len(data.test), **asdict(result)}
                 temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        print(f"accuracy: {result.top1:.1f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)")
+        print(f"accuracy: {result.top1:.2f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)")
         return result
 
 

@@ -109,6 +109,7 @@ class Trainer(TrainingOptions):
                 if getattr(self, name)
             },
             teacher=self.teacher,
+            started_from=str(self.initial_checkpoint or (self.model if self.pretrained else "")) or None,
         )
         if world.primary:
             loop.log.write(progress.rows)
@@ -116,7 +117,7 @@ class Trainer(TrainingOptions):
             facts.save(self.output / RESULTS_NAME)
             self._plot(loop.log)
             print(
-                f"saved to {self.output}\naccuracy: {facts.top1:.1f} % ({facts.architecture}, "
+                f"saved to {self.output}\naccuracy: {facts.top1:.2f} % ({facts.architecture}, "
                 f"{facts.train_seconds:.0f} s of training)"
             )
         return facts
