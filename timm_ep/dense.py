@@ -44,7 +44,8 @@ def matrix_of(kernel: Tensor, size: Size, stride: int, padding: int) -> tuple[Te
 
 def convolve(below: Tensor, matrix: Tensor, bias: Tensor | None, size: Size) -> Tensor:
     """W ⋆ `below` + b, on maps of `size`."""
-    return _as_maps(F.linear(_flat(below), matrix, None if bias is None else bias.repeat(size[0] * size[1])), size)
+    everywhere = None if bias is None else bias.expand(size[0] * size[1], -1).flatten()
+    return _as_maps(F.linear(_flat(below), matrix, everywhere), size)
 
 
 def adjoint(above: Tensor, matrix: Tensor, size: Size) -> Tensor:

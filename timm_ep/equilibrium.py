@@ -169,10 +169,13 @@ def ep_gradient(
         contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
         for beta in nudging_strengths(settings)
     ]
-    return [
-        None if parts[0] is None else torch.stack(parts).mean(0).mul_(scale.to(parts[0].dtype))
-        for parts in zip(*estimates, strict=True)
-    ]
+    return averaged(estimates, scale)
+
+
+def averaged(estimates: Sequence[Sequence[Tensor | None]], scale: Tensor | float = 1.0) -> list[Tensor | None]:
+    """The mean over the nudged phases, times `scale`, of each gradient."""
+    factor = scale / len(estimates)
+    return [None if first is None else sum(others, first) * factor for first, *others in zip(*estimates, strict=True)]
 
 
 def contrast(
@@ -192,6 +195,7 @@ def contrast(
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
     needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
+    minus = -weights  # the energy has the products with a minus; here it costs nothing
     x_grad = torch.zeros_like(x) if needs_x else None
     kernel_grads: list[Tensor | None] = [None] * depth
     bias_grads: list[Tensor | None] = [None] * depth
@@ -201,22 +205,23 @@ def contrast(
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
         difference = routed_difference(layer, free, nudged, scales)
         if needs_bias[layer]:
-            summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * weights).sum((0, 2, 3))
-            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else -summed
+            summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * minus).sum((0, 2, 3))
+            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else summed
         if needs_kernel[layer]:
-            total = torch.zeros_like(net.kernels[layer])
+            total: Tensor | None = None
             if difference is not None:
-                if below_delta is not None:  # the nudged state, so that both terms make the whole difference
-                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1]).mul_(weights)
-                else:
-                    below = below * weights
-                total.sub_(net.kernel_contrast(layer, below, difference))
+                if below_delta is None:
+                    below = below * minus
+                else:  # the nudged state, so that both terms make the whole difference
+                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1]).mul_(minus)
+                total = net.kernel_contrast(layer, below, difference)
                 del below  # it may be the largest map of all
             if below_delta is not None and settings.feedback:
                 drive = free.drives[layer]
                 routed = drive.route(state) if drive else state
-                total.sub_(net.kernel_contrast(layer, below_delta, routed * weights), alpha=settings.feedback)
-            kernel_grads[layer] = total
+                change = net.kernel_contrast(layer, below_delta, routed * minus)
+                total = change.mul_(settings.feedback) if total is None else total.add_(change, alpha=settings.feedback)
+            kernel_grads[layer] = torch.zeros_like(net.kernels[layer]) if total is None else total
         if x_grad is not None and layer == 0 and difference is not None:
-            x_grad = -net.feedback(0, difference, x) * weights
+            x_grad = net.feedback(0, difference, x) * minus
     return [x_grad, *kernel_grads, *bias_grads]

@@ -31,7 +31,7 @@ from timm_ep.dynamics import (
     phase_at,
 )
 from timm_ep.energy import Net
-from timm_ep.equilibrium import contrast, no_autocast, prepared
+from timm_ep.equilibrium import averaged, contrast, no_autocast, prepared
 from timm_ep.settings import Settings
 
 __all__ = ["LossOfStates", "live_loss"]
@@ -161,4 +161,4 @@ def _live_gradient(
         states = nudged_states(free, nudged, coordinate_scales(settings, beta, len(free.states), x.dtype))
         of_loss = objective.gradients(states, parameters, needed[len(needed) - len(parameters) :])
         estimates.append([*(None if part is None else part / objective.batch for part in of_energy), *of_loss])
-    return [None if parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*estimates, strict=True)]
+    return averaged(estimates)
