@@ -1,5 +1,9 @@
+from typing import NamedTuple
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import timm_ep  # noqa: F401  (registers the models)
 from timm_ep import EpVgg
@@ -28,6 +32,29 @@ def make_batch(size: int = 16, batch: int = 3, seed: int = 1, dtype=torch.float6
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
     return images.to(dtype), torch.arange(batch) % 5
+
+
+class Convolution(NamedTuple):
+    """A convolution of random maps by torch, and autograd's gradients of ⟨above, W ⋆ below + b⟩."""
+
+    below: Tensor
+    kernel: Tensor
+    bias: Tensor
+    result: Tensor
+    above: Tensor
+    of_below: Tensor
+    of_kernel: Tensor
+
+
+def make_convolution(size: tuple[int, int], taps: int, stride: int, padding: int) -> Convolution:
+    """From 3 maps of 5 channels, of `size`, to 7 channels in float64."""
+    below = torch.randn(3, 5, *size, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(7, 5, taps, taps, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64)
+    result = F.conv2d(below, kernel, bias, stride, padding)
+    above = torch.randn_like(result)
+    gradients = torch.autograd.grad((result * above).sum(), (below, kernel))
+    return Convolution(below, kernel, bias, result, above, *gradients)
 
 
 @pytest.fixture(autouse=True)

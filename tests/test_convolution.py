@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
+from conftest import make_convolution
 from timm_ep import convolution
 from timm_ep.convolution import adjoint, convolve, kernel_gradient
 
@@ -18,12 +18,7 @@ def test_products_are_those_of_torch(matrix, size, taps, stride, padding, monkey
     monkeypatch.setattr(convolution, "_LARGE_KERNEL", 0)
     for limit in ("_SMALL_MAP", "_SMALL_MAP_OF_GRADIENT"):
         monkeypatch.setattr(convolution, limit, 1000 if matrix else 0)
-    below = torch.randn(3, 5, *size, dtype=torch.float64, requires_grad=True)
-    kernel = torch.randn(7, 5, taps, taps, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(7, dtype=torch.float64)
-    expected = F.conv2d(below, kernel, bias, stride, padding)
-    above = torch.randn_like(expected)
-    of_below, of_kernel = torch.autograd.grad((expected * above).sum(), (below, kernel))
+    below, kernel, bias, expected, above, of_below, of_kernel = make_convolution(size, taps, stride, padding)
     ours = convolve(below, kernel, bias, stride, padding)
     assert_close(ours, expected)
     assert_close(adjoint(above, kernel, below.shape[-2:], stride, padding), of_below)

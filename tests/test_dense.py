@@ -1,12 +1,13 @@
 """Small maps: the matrix of a convolution against torch's, its autograd, and the net of convolutions it stands for."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import make_batch, make_net
+from conftest import make_batch, make_convolution, make_net
 from timm_ep import dense
 from timm_ep.convolution import convolutions_only
 from timm_ep.energy import Coupling
@@ -24,12 +25,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(("size", "taps", "stride", "padding"), GEOMETRIES)
 def test_products_with_the_matrix_are_those_of_the_convolution(size, taps, stride, padding):
-    below = torch.randn(3, 5, *size, dtype=torch.float64, requires_grad=True)
-    kernel = torch.randn(7, 5, taps, taps, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(7, dtype=torch.float64)
-    expected = F.conv2d(below, kernel, bias, stride, padding)
-    above = torch.randn_like(expected)
-    of_below, of_kernel = torch.autograd.grad((expected * above).sum(), (below, kernel))
+    below, kernel, bias, expected, above, of_below, of_kernel = make_convolution(size, taps, stride, padding)
 
     matrix, upper = dense.matrix_of(kernel, size, stride, padding)
     assert upper == expected.shape[-2:]
@@ -49,17 +45,16 @@ def test_the_net_written_out_settles_and_learns_as_its_convolutions(pool, size):
     size = (size, size) if isinstance(size, int) else size
     x = torch.randn(3, 3, *size, dtype=torch.float64)
     model = make_net(4, pool=pool, feedback=0.3, free_sweeps=4, nudged_sweeps=3)
-    results = []
     for gradient in ("ep", "bptt", "backprop"):
-        model.gradient = gradient
+        model.gradient, results = gradient, []
         for as_convolutions in (False, True):
             model.zero_grad()
-            with convolutions_only() if as_convolutions else pytest.MonkeyPatch.context():
+            with convolutions_only() if as_convolutions else nullcontext():
                 net, _ = prepared(model.net(size), x)
                 assert [kernel.dim() == 2 for kernel in net.kernels] == [False] * 3 + [not as_convolutions]
                 model(x).square().sum().backward()
             results.append([parameter.grad.clone() for parameter in model.parameters()])
-        for mine, theirs in zip(*results[-2:], strict=True):
+        for mine, theirs in zip(*results, strict=True):
             assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
