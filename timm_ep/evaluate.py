@@ -83,6 +83,11 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts]
     return load(run, facts.architecture).to(device), facts
 
 
+def accuracy_line(top1: float, facts: RunFacts) -> str:
+    """What training and `timm-ep validate` print last: the test accuracy, in percent, of the run with these facts."""
+    return f"accuracy: {top1:.2f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)"
+
+
 @dataclass
 class Validate:
     """Test a saved run again on its test images.
@@ -121,7 +126,7 @@ class Validate:
             with replacing(self.output) as temporary:
                 values = {"architecture": facts.architecture, "n_test": len(data.test), **asdict(result)}
                 temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        print(f"accuracy: {result.top1:.2f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)")
+        print(accuracy_line(result.top1, facts))
         return result
 
 

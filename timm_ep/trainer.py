@@ -13,7 +13,7 @@ from timm_ep.assembly import RunImages, create_loop, open_images, plain_loader
 from timm_ep.cards import RESULTS_NAME, RunFacts
 from timm_ep.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.distributed import World, join_world
-from timm_ep.evaluate import evaluate
+from timm_ep.evaluate import accuracy_line, evaluate
 from timm_ep.export import save
 from timm_ep.logs import RunLog
 from timm_ep.loop import TrainingLoop
@@ -90,6 +90,7 @@ class Trainer(TrainingOptions):
             world.sum,
         )
         progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
+        start = self.initial_checkpoint or (self.model if self.pretrained else None)
         facts = RunFacts(
             architecture=model.pretrained_cfg["architecture"],
             command=shlex.join(["timm-ep", *sys.argv[1:]]),
@@ -109,17 +110,14 @@ class Trainer(TrainingOptions):
                 if getattr(self, name)
             },
             teacher=self.teacher,
-            started_from=str(self.initial_checkpoint or (self.model if self.pretrained else "")) or None,
+            started_from=None if start is None else str(start),
         )
         if world.primary:
             loop.log.write(progress.rows)
             save(self.output, averaged, images.source.classes, images.size, images.mean, images.std, self.model_args)
             facts.save(self.output / RESULTS_NAME)
             self._plot(loop.log)
-            print(
-                f"saved to {self.output}\naccuracy: {facts.top1:.2f} % ({facts.architecture}, "
-                f"{facts.train_seconds:.0f} s of training)"
-            )
+            print(f"saved to {self.output}\n{accuracy_line(facts.top1, facts)}")
         return facts
 
     def _plot(self, log: RunLog) -> None:
