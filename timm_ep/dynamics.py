@@ -129,7 +129,6 @@ def _sweep(
     feedback: float,
     store: bool = True,
     last: bool = False,
-    downwards: bool | None = None,
 ) -> FreePhase:
     """One update of every layer in the groups. The phase itself moves on, so that old tensors are freed on the way.
 
@@ -140,15 +139,13 @@ def _sweep(
         feedback: λ.
         store: keep the pre-activations.
         last: let go of the products, but for the winners of max pooling.
-        downwards: the direction, if layer after layer. Then the neighbour that is next will spoil the product that came
-            from it, so that the sum of both can take its place in memory.
     """
     states, preactivations = cast("list[Tensor]", phase.states), phase.preactivations
     drives, feedbacks, moves = phase.drives, phase.feedbacks, phase.moves
     top = len(states) - 1
     in_place = not torch.is_grad_enabled()  # a new map costs as much as what is computed in it
 
-    for group in groups:
+    for group, following in zip(groups, [*groups[1:], []], strict=False):
         for layer in group:
             preactivations[layer] = phase.newest_drive(net, layer).value
             if layer < top and feedback:
@@ -159,10 +156,11 @@ def _sweep(
                         above = phase.newest_drive(net, layer + 1).route(above)
                     back = net.feedback(layer + 1, above, states[layer])
                     feedbacks[layer] = back
+                # A neighbour that moves next spoils the product that came from it: the sum can have its map.
                 out = None
-                if in_place and (last or downwards is False):
+                if in_place and (last or layer + 1 in following):
                     out = back
-                elif in_place and downwards and layer and net.half is None and not net.couplings[layer].max_pool:
+                elif in_place and layer - 1 in following and not (net.half or net.couplings[layer].max_pool):
                     out = preactivations[layer]
                 preactivations[layer] = torch.add(preactivations[layer], back, alpha=feedback, out=out)
             if last:
@@ -240,8 +238,7 @@ def free_phase(
             phase = checkpoint(_sweep_copy, net, phase, groups, settings.feedback, use_reentrant=False)
         else:
             store = not states_only and (last or settings.tol > 0)
-            downwards = step % 2 == 0 if settings.update == "sweep" else None
-            phase = _sweep(net, phase, groups, settings.feedback, store, last, downwards)
+            phase = _sweep(net, phase, groups, settings.feedback, store, last)
         # Going down, sweeps change little but the lower layers: only both directions together tell whether it rests.
         judges = settings.tol > 0 and not x.is_meta and (settings.update != "sweep" or step % 2 == 1)
         if trace or judges:
