@@ -33,9 +33,8 @@ def upper_size(kernel: Tensor, size: Size, stride: int, padding: int) -> Size:
 
 def convolve(below: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """W ⋆ `below` + b: as `F.conv2d`."""
-    small = kernel.numel() >= _LARGE_KERNEL * below.numel()
-    height, width = upper_size(kernel, (below.shape[-2], below.shape[-1]), stride, padding) if small else (0, 0)
-    if not small or not _is_small(below, height * width, _SMALL_MAP):
+    height, width = upper_size(kernel, (below.shape[-2], below.shape[-1]), stride, padding)
+    if not _takes_patches(below, kernel, below.numel(), height * width):
         return F.conv2d(below, kernel, bias, stride, padding)
     out = F.linear(_patches(below, kernel, stride, padding), _as_matrix(kernel), bias)
     return out.view(len(below), height, width, len(kernel)).permute(0, 3, 1, 2)
@@ -45,8 +44,7 @@ def adjoint(above: Tensor, kernel: Tensor, size: Size, stride: int, padding: int
     """Wᵀ ⋆ `above`, on a map of `size` (height, width), odd ones included: as `F.conv_transpose2d`."""
     height, width = above.shape[-2:]
     rows, columns = kernel.shape[-2:]
-    elements = len(above) * kernel.shape[1] * size[0] * size[1]
-    if not _is_small(above, height * width, _SMALL_MAP) or kernel.numel() < _LARGE_KERNEL * elements:
+    if not _takes_patches(above, kernel, len(above) * kernel.shape[1] * size[0] * size[1], height * width):
         pads = [
             full - ((out - 1) * stride - 2 * padding + taps)
             for full, out, taps in zip(size, (height, width), (rows, columns), strict=True)
@@ -84,6 +82,12 @@ def convolutions_only() -> Iterator[None]:
         yield
     finally:
         _matrix_products = True
+
+
+def _takes_patches(operand: Tensor, kernel: Tensor, elements: int, positions: int) -> bool:
+    """Whether the matrix product is the faster one, for a map below of so many elements and one above of so many
+    positions."""
+    return kernel.numel() >= _LARGE_KERNEL * elements and _is_small(operand, positions, _SMALL_MAP)
 
 
 def _is_small(operand: Tensor, positions: int, limit: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from timm_ep.convolution import Size
 
 _LARGEST_MAP = 4  # positions below. From 3×3 on the matrix is several times as large as the kernel, and gains nothing.
 
