@@ -15,8 +15,9 @@ from timm_ep.convolution import adjoint, convolve, kernel_gradient
 def test_products_are_those_of_torch(matrix, size, taps, stride, padding, monkeypatch):
     if min(size) + 2 * padding < taps:
         size = (2, 2)
-    monkeypatch.setattr(convolution, "_LARGE_KERNEL", 0)
-    for limit in ("_SMALL_MAP", "_SMALL_MAP_OF_GRADIENT"):
+    for times in ("_LARGE_KERNEL", "_LARGE_GRADIENT"):
+        monkeypatch.setattr(convolution, times, 0 if matrix else 1000)
+    for limit in ("_SMALL_MAP", "_SMALL_GRADIENT"):
         monkeypatch.setattr(convolution, limit, 1000 if matrix else 0)
     below, kernel, bias, expected, above, of_below, of_kernel = make_convolution(size, taps, stride, padding)
     ours = convolve(below, kernel, bias, stride, padding)

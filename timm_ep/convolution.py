@@ -14,11 +14,12 @@ from torch.nn.grad import conv2d_weight
 
 _matrix_products = True
 
-# The matrix product is the faster one for maps above of so many positions, by a kernel so many times as large as the
-# map below (measured with 64 to 128 images and 128 to 512 channels). The kernel's gradient is by far the slowest as a
-# convolution.
-_SMALL_MAP, _LARGE_KERNEL = 4, 3
-_SMALL_MAP_OF_GRADIENT = 16
+# The matrix product is the faster one where the kernel is so many times as large as the map below, and the map above
+# has no more than so many positions: with numbers of four bytes, or of two, whose convolutions are slower for it.
+# Measured with batches of 4 to 128 and 64 to 512 channels.
+_LARGE_KERNEL, _SMALL_MAP, _SMALL_MAP_OF_TWO_BYTES = 4, 16, 64
+# The kernel's gradient is by far the slowest as a convolution: either is enough.
+_LARGE_GRADIENT, _SMALL_GRADIENT, _SMALL_GRADIENT_OF_TWO_BYTES = 2, 4, 16
 
 Size = tuple[int, int]
 
@@ -61,7 +62,8 @@ def adjoint(above: Tensor, kernel: Tensor, size: Size, stride: int, padding: int
 
 def kernel_gradient(below: Tensor, above: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
     """∂⟨`above`, W ⋆ `below`⟩/∂W, summed over the batch, in the shape of `kernel`."""
-    if not _is_small(above, above.shape[-2] * above.shape[-1], _SMALL_MAP_OF_GRADIENT):
+    small = above.shape[-2] * above.shape[-1] <= _limit(above, _SMALL_GRADIENT, _SMALL_GRADIENT_OF_TWO_BYTES)
+    if not _allowed(above) or not (small or kernel.numel() >= _LARGE_GRADIENT * below.numel()):
         return conv2d_weight(below, list(kernel.shape), above, stride, padding)
     out_chs, in_chs, rows, columns = kernel.shape
     gradient = _positions(above).t() @ _patches(below, kernel, stride, padding)
@@ -87,11 +89,16 @@ def convolutions_only() -> Iterator[None]:
 def _takes_patches(operand: Tensor, kernel: Tensor, elements: int, positions: int) -> bool:
     """Whether the matrix product is the faster one, for a map below of so many elements and one above of so many
     positions."""
-    return kernel.numel() >= _LARGE_KERNEL * elements and _is_small(operand, positions, _SMALL_MAP)
+    small = positions <= _limit(operand, _SMALL_MAP, _SMALL_MAP_OF_TWO_BYTES)
+    return small and kernel.numel() >= _LARGE_KERNEL * elements and _allowed(operand)
 
 
-def _is_small(operand: Tensor, positions: int, limit: int) -> bool:
-    return _matrix_products and operand.device.type == "cpu" and positions <= limit
+def _limit(operand: Tensor, of_four_bytes: int, of_two_bytes: int) -> int:
+    return of_two_bytes if operand.element_size() == 2 else of_four_bytes
+
+
+def _allowed(operand: Tensor) -> bool:
+    return _matrix_products and operand.device.type == "cpu"
 
 
 def _patches(below: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
