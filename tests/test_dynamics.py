@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from conftest import make_batch, make_net
-from timm_ep.dynamics import Settings, _sweep, coordinate_scales, feedforward_pass, free_phase, nudged_phase
 from timm_ep.energy import energy
 from timm_ep.equilibrium import with_short_products
+from timm_ep.free_phase import free_phase
+from timm_ep.nudged_phase import coordinate_scales, nudged_phase
 from timm_ep.reference import Reference
+from timm_ep.settings import Settings
 
 
 def settle(model, x, **kwargs):
@@ -67,30 +69,31 @@ def test_synchronous_steps_from_zero_are_the_reference_steps(pool):
             assert_close(mine, theirs, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("states_only", [False, True])
 @pytest.mark.parametrize("update", ["sweep", "odd-even", "synchronous"])
-def test_reused_products_change_nothing(update):
-    """A sweep that keeps products equals one that computes every product afresh.
+def test_reused_products_and_maps_change_nothing(update, states_only):
+    """Sweeps that keep products, and compute in the maps of those that are spent, equal ones that compute all afresh.
 
     Under max pooling only the fixed point is the same: on the way, winners follow the newest drive.
     """
     model, (x, _) = make_net(9, feedback=0.5, update=update), make_batch()
     reference = Reference.of(model)
     with torch.no_grad():
-        phase = feedforward_pass(model.net(), x)
-        plain = list(phase.states)
-        for sweep in range(4):
+        plain = list(settle(model, x, free_sweeps=0))
+        for sweep in range(5):
             groups = {
                 "synchronous": [list(range(9))],
                 "odd-even": [[0, 2, 4, 6, 8], [1, 3, 5, 7]],
                 "sweep": [[layer] for layer in (range(9) if sweep % 2 else reversed(range(9)))],
             }[update]
-            phase = _sweep(model.net(), phase, groups, 0.5)
             for group in groups:
                 moved = reference.step(x, plain)
                 for layer in group:
                     plain[layer] = moved[layer].detach()
-            for ours, theirs in zip(phase.states, plain, strict=True):
+            phase = free_phase(model.net(), x, replace(model.settings, free_sweeps=sweep + 1), states_only=states_only)
+            for ours, u, theirs in zip(phase.states, phase.preactivations, plain, strict=True):
                 assert_close(ours, theirs, atol=1e-12, rtol=0)
+                assert torch.equal(ours, u.clamp(0, 1))
 
 
 def test_zero_feedback_is_the_feedforward_net():

@@ -13,7 +13,7 @@ from timm.utils import freeze
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from timm_ep import dynamics, loop
+from timm_ep import loop, nudged_phase
 from timm_ep.assembly import create_model, open_images
 from timm_ep.cards import RunFacts
 from timm_ep.checkpoints import CheckpointStore
@@ -204,7 +204,9 @@ def test_a_frozen_body_runs_no_nudged_phase(preset, monkeypatch):
     calls = []
     for name in ("equilibrium", "live"):
         module = importlib.import_module(f"timm_ep.{name}")
-        monkeypatch.setattr(module, "nudged_phase", lambda *a, **k: calls.append(1) or dynamics.nudged_phase(*a, **k))
+        monkeypatch.setattr(
+            module, "nudged_phase", lambda *a, **k: calls.append(1) or nudged_phase.nudged_phase(*a, **k)
+        )
     torch.manual_seed(0)
     settings = {"free_sweeps": 30, "nudged_sweeps": 3, "init_gain": 0.5} if preset == "classic" else {}
     model = timm.create_model("ep_vgg5_025", num_classes=5, preset=preset, **NARROW, **settings)

@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 from conftest import make_batch
 from timm_ep import EpVgg, Settings
-from timm_ep.dynamics import coordinate_scales, free_phase, nudged_phase, nudged_states, phase_at
 from timm_ep.evaluate import Validate
+from timm_ep.free_phase import free_phase, phase_at
 from timm_ep.losses import SquaredError, readout_criterion
+from timm_ep.nudged_phase import coordinate_scales, nudged_phase, nudged_states
 from timm_ep.predict import Predict
 from timm_ep.reference import Classic, Reference
 from timm_ep.settings import PRESETS

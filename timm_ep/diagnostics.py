@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from timm_ep.dynamics import free_phase, nudged_phase
 from timm_ep.energy import Drive
 from timm_ep.equilibrium import normalised_forces
+from timm_ep.free_phase import free_phase
 from timm_ep.models import EpVgg
+from timm_ep.nudged_phase import nudged_phase
 from timm_ep.task import EpTask
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "Settling", "diagnose"]

@@ -5,7 +5,8 @@ put on them, with no path between layers; the nudged phase and the contrast of t
 
     dL/dθ = lim_(β→0) (1/β) [∂E/∂θ(s^β) − ∂E/∂θ(s^0)]        (Scellier & Bengio 2017, theorem 1).
 
-With the exact difference of the two phases, in the coordinates of `timm_ep.dynamics`, and no rounding of a small nudge:
+With the exact difference of the two phases, in the coordinates of `timm_ep.nudged_phase`, and no rounding of a small
+nudge:
 
     dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
@@ -19,18 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timm_ep.dynamics import (
-    Clipped,
-    FreePhase,
-    NudgedPhase,
-    coordinate_scales,
-    feedforward_pass,
-    free_phase,
-    nudged_phase,
-    nudging_strengths,
-    routed_difference,
-)
 from timm_ep.energy import Coupling, Drive, Net
+from timm_ep.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
+from timm_ep.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
 from timm_ep.settings import Settings
 
 
@@ -169,13 +161,15 @@ def ep_gradient(
         contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
         for beta in nudging_strengths(settings)
     ]
-    return averaged(estimates, scale)
+    return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
 
 
-def averaged(estimates: Sequence[Sequence[Tensor | None]], scale: Tensor | float = 1.0) -> list[Tensor | None]:
-    """The mean over the nudged phases, times `scale`, of each gradient."""
-    factor = scale / len(estimates)
-    return [None if first is None else sum(others, first) * factor for first, *others in zip(*estimates, strict=True)]
+def averaged(estimates: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The mean over the nudged phases of each gradient; that of a single one as it is."""
+    return [
+        None if first is None else sum(others, first) / len(estimates) if others else first
+        for first, *others in zip(*estimates, strict=True)
+    ]
 
 
 def contrast(
@@ -195,33 +189,31 @@ def contrast(
     depth = len(free.states)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
     needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
-    minus = -weights  # the energy has the products with a minus; here it costs nothing
+    # The energy has the products with a minus; here it costs nothing.
+    minus = -torch.as_tensor(weights, dtype=x.dtype, device=x.device)
     x_grad = torch.zeros_like(x) if needs_x else None
     kernel_grads: list[Tensor | None] = [None] * depth
     bias_grads: list[Tensor | None] = [None] * depth
-    state = x
+    nudged_below = [x * minus]  # handed on from layer to layer, to be freed in time: it may be the largest map of all
     for layer in range(depth):
-        below, state = state, free.states[layer]
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
-        difference = routed_difference(layer, free, nudged, scales)
+        difference, total = routed_difference(layer, free, nudged, scales), None
         if needs_bias[layer]:
             summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * minus).sum((0, 2, 3))
             bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else summed
-        if needs_kernel[layer]:
-            total: Tensor | None = None
-            if difference is not None:
-                if below_delta is None:
-                    below = below * minus
-                else:  # the nudged state, so that both terms make the whole difference
-                    below = torch.add(below, below_delta, alpha=1 / scales[layer - 1]).mul_(minus)
-                total = net.kernel_contrast(layer, below, difference)
-                del below  # it may be the largest map of all
-            if below_delta is not None and settings.feedback:
-                drive = free.drives[layer]
-                routed = drive.route(state) if drive else state
-                change = net.kernel_contrast(layer, below_delta, routed * minus)
-                total = change.mul_(settings.feedback) if total is None else total.add_(change, alpha=settings.feedback)
-            kernel_grads[layer] = torch.zeros_like(net.kernels[layer]) if total is None else total
         if x_grad is not None and layer == 0 and difference is not None:
             x_grad = net.feedback(0, difference, x) * minus
+        if needs_kernel[layer] and difference is not None:
+            total = net.kernel_contrast(layer, nudged_below[0], difference)
+        nudged_below.clear()
+        kept = free.kept_state(layer)
+        state = free.states[layer].mul_(minus) if kept is None else kept * minus
+        if needs_kernel[layer]:
+            if below_delta is not None and settings.feedback:
+                drive = free.drives[layer]
+                change = net.kernel_contrast(layer, below_delta, drive.route(state) if drive else state)
+                total = change.mul_(settings.feedback) if total is None else total.add_(change, alpha=settings.feedback)
+            kernel_grads[layer] = torch.zeros_like(net.kernels[layer]) if total is None else total
+        # The nudged state, so that both terms make the whole difference.
+        nudged_below.append(state if delta is None else state.addcmul_(delta, minus, value=1 / scales[layer]))
     return [x_grad, *kernel_grads, *bias_grads]

@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ep.dynamics import (
-    NudgedPhase,
-    free_phase,
-    newest_winners,
-    nudged_phase,
-    nudging_strengths,
-    phase_at,
-    relative_changes,
-)
 from timm_ep.energy import Net
 from timm_ep.equilibrium import contrast, normalised_forces
+from timm_ep.free_phase import free_phase, phase_at, relative_changes
 from timm_ep.losses import readout_criterion
 from timm_ep.models import EpVgg
+from timm_ep.nudged_phase import NudgedPhase, newest_winners, nudged_phase, nudging_strengths
 
 __all__ = ["StepCheck", "step_check"]
 

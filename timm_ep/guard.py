@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ep.dynamics import free_phase
+from timm_ep.free_phase import free_phase
 from timm_ep.models import EpVgg
 from timm_ep.options import TrainingOptions
 

@@ -20,18 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from timm_ep.dynamics import (
-    FreePhase,
-    coordinate_scales,
-    free_phase,
-    newest_winners,
-    nudged_phase,
-    nudged_states,
-    nudging_strengths,
-    phase_at,
-)
 from timm_ep.energy import Net
 from timm_ep.equilibrium import averaged, contrast, no_autocast, prepared
+from timm_ep.free_phase import FreePhase, free_phase, phase_at
+from timm_ep.nudged_phase import coordinate_scales, newest_winners, nudged_phase, nudged_states, nudging_strengths
 from timm_ep.settings import Settings
 
 __all__ = ["LossOfStates", "live_loss"]

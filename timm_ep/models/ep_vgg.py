@@ -19,9 +19,9 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from timm_ep.dynamics import free_phase
 from timm_ep.energy import Coupling, Net, fold_average_pool
 from timm_ep.equilibrium import equilibrium
+from timm_ep.free_phase import free_phase
 from timm_ep.live import LossOfStates, live_loss
 from timm_ep.models.feedforward import from_feedforward, is_feedforward
 from timm_ep.settings import SETTING_NAMES, Settings
