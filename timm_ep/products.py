@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_ep.convolution import convolutions_only
 from timm_ep.measure import Step
 
-__all__ = ["Product", "map_elements", "multiply_adds", "plain_step", "recorded_products"]
+__all__ = ["Product", "multiply_adds", "plain_step", "recorded_products"]
 
 Shape = tuple[int, ...]
 
@@ -52,20 +52,10 @@ class Product(NamedTuple):
         """For each position and channel above, the taps of its kernel, those on the padding included."""
         return math.prod(self.above) * math.prod(self.kernel[1:])
 
-    @property
-    def elements(self) -> int:
-        """Of the two maps."""
-        return math.prod(self.above) + math.prod(self.below)
-
 
 def multiply_adds(products: Counter[Product]) -> int:
     """Of all products together."""
     return sum(product.multiply_adds * times for product, times in products.items())
-
-
-def map_elements(products: Counter[Product]) -> int:
-    """Elements of the maps that all products together read and write."""
-    return sum(product.elements * times for product, times in products.items())
 
 
 def recorded_products(step: Step) -> Counter[Product]:

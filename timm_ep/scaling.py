@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import nnls
 
 from timm_ep.measure import Machine, Quartiles, in_fresh_process, in_turn, quartiles
-from timm_ep.products import map_elements, multiply_adds, recorded_products
+from timm_ep.products import multiply_adds, recorded_products
 from timm_ep.workload import Workload, make_training_step, training_step
 
 __all__ = ["Fit", "Point", "Scaling", "ScalingResult", "fit_cost", "fit_line"]
@@ -82,7 +82,6 @@ class Point:
         value: to what.
         x: the quantity of `AXES`.
         multiply_adds: of the step's products.
-        map_elements: that these read and write.
         state_elements: of the batch's states s_1…s_N.
         parameters: of the model.
         seconds: of a training step, without the optimizer.
@@ -93,7 +92,6 @@ class Point:
     value: int | float | str
     x: float
     multiply_adds: int
-    map_elements: int
     state_elements: int
     parameters: int
     seconds: Quartiles
@@ -110,7 +108,8 @@ class ScalingResult:
         points: in the order of the axes.
         seconds: for each axis, the line through the medians.
         megabytes: for each axis, the line through the memory.
-        time_model: seconds = a · multiply-adds + b · map elements, over all points.
+        time_model: seconds = a · multiply-adds + b · parameters + c, over all points: what the images cost, what the
+            kernels cost once a batch, and the calls.
         memory_model: megabytes = a · state elements + b · parameters + c, over all points.
     """
 
@@ -178,7 +177,6 @@ class Scaling(Workload):
                     value,
                     float(x.get(axis, work)),
                     work,
-                    map_elements(products),
                     states,
                     sum(parameter.numel() for parameter in model.parameters()),
                     quartiles(times[key]),
@@ -223,19 +221,17 @@ def fitted(model: str, machine: Machine, points: list[Point]) -> ScalingResult:
         x = [point.x for point in chosen]
         lines["seconds"][axis] = fit_line(x, [point.seconds.median for point in chosen])
         lines["megabytes"][axis] = fit_line(x, [point.megabytes for point in chosen])
-    work = [[point.multiply_adds for point in points], [point.map_elements for point in points]]
-    sizes: list[list[float]] = [
-        [point.state_elements for point in points],
-        [point.parameters for point in points],
-        [1.0] * len(points),
-    ]
+    work, states, parameters = (
+        [float(getattr(point, name)) for point in points] for name in ("multiply_adds", "state_elements", "parameters")
+    )
+    once = [1.0] * len(points)
     return ScalingResult(
         model,
         machine,
         points,
         **lines,
-        time_model=fit_cost(work, [point.seconds.median for point in points]),
-        memory_model=fit_cost(sizes, [point.megabytes for point in points]),
+        time_model=fit_cost([work, parameters, once], [point.seconds.median for point in points]),
+        memory_model=fit_cost([states, parameters, once], [point.megabytes for point in points]),
     )
 
 
@@ -256,7 +252,7 @@ def _text(result: ScalingResult) -> str:
     for quantity, fits in {"seconds": result.seconds, "megabytes": result.megabytes}.items():
         lines += ["", f"{quantity} = slope · x + intercept:"]
         lines += [f"  over {axis:10} (x: {AXES[axis] + ')':20} {_numbers(line)}" for axis, line in fits.items()]
-    lines += ["", "seconds = a · multiply-adds + b · map elements:", f"  {_numbers(result.time_model)}"]
+    lines += ["", "seconds = a · multiply-adds + b · parameters + c:", f"  {_numbers(result.time_model)}"]
     lines += ["megabytes = a · state elements + b · parameters + c:", f"  {_numbers(result.memory_model)}"]
     return "\n".join(lines)
 
