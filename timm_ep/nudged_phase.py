@@ -82,7 +82,7 @@ def nudged_phase(
         d_l and drives per layer. Zero forces give None or exact zeros.
     """
     depth = len(free.states)
-    scales = coordinate_scales(settings, beta, depth, free.states[0].dtype)
+    scales = coordinate_scales(settings, beta, depth, free.preactivations[0].dtype)
     phase = NudgedPhase([None] * depth, list(free.drives))
     rises: list[Tensor | None] = [None] * depth  # what comes from below,
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
@@ -121,7 +121,7 @@ def nudged_states(free: FreePhase, phase: NudgedPhase, scales: Sequence[float]) 
 def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Settings, beta: float) -> NudgedPhase:
     """The phase with the max-pooling winners of its last states, not of those that its last sweep started from."""
     newest = NudgedPhase(list(phase.deltas), list(phase.drives))
-    scales = coordinate_scales(settings, beta, len(free.states), free.states[0].dtype)
+    scales = coordinate_scales(settings, beta, len(free.states), free.preactivations[0].dtype)
     for layer, coupling in enumerate(net.couplings):
         if coupling.max_pool:
             _rise(net, layer, free, newest, scales, settings.feedback)
