@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from timm_ep.malloc import keep_freed_memory
 from timm_ep.redaction import holds_secret, redacted
 
 # Imported only when asked for: help and errors are to be quick.
@@ -37,6 +38,7 @@ Options of a command: timm-ep COMMAND --help
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and a one-line message on a user's error."""
+    keep_freed_memory()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in (*COMMANDS, "run"):
         helped = words[:1] in ([], ["-h"], ["--help"])

@@ -1,6 +1,5 @@
 """Time and memory of a step: measured in turn with others, or in a process of its own."""
 
-import ctypes
 import os
 import platform
 import resource
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_ep.malloc import keep_freed_memory
 from timm_ep.version import __version__
 
 __all__ = ["Machine", "Quartiles", "Step", "StepCost", "in_fresh_process", "in_turn", "quartiles"]
@@ -26,7 +26,6 @@ __all__ = ["Machine", "Quartiles", "Step", "StepCost", "in_fresh_process", "in_t
 Step = Callable[[], object]
 clock = time.perf_counter
 _WEIGHED, _WARM_UP, _TIMED = 2, 1, 3  # steps in a fresh process
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def in_fresh_process(
 def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, threads: int | None) -> StepCost:
     if threads:
         torch.set_num_threads(threads)
-    _keep_freed_memory(False)
+    keep_freed_memory(False)
     step = make(*args)
     _load_code(device)
     _forget_peak(device)
@@ -110,16 +109,9 @@ def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, th
     for _ in range(_WEIGHED):
         step()
     megabytes = (_peak(device) - before) / 1e6
-    _keep_freed_memory(True)
+    keep_freed_memory(True)
     seconds = [_seconds(step, device) for _ in range(_WARM_UP + _TIMED)]
     return StepCost(megabytes, min(seconds[_WARM_UP:]))
-
-
-def _keep_freed_memory(keep: bool) -> None:
-    """Whether glibc's malloc keeps blocks of up to 32 MB for later ones; other libraries do as they do."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25 if keep else 2**16)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**26 if keep else 2**16)
 
 
 def _load_code(device: str) -> None:
