@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import make_batch, make_net
-from timm_ep import cli, gradient_check
+from timm_ep import cli, gradcheck, gradient_check
 from timm_ep.evaluate import feedback_share
 from timm_ep.gdu import step_check
 from timm_ep.losses import readout_criterion
@@ -58,6 +58,14 @@ def test_command_prints_every_layer(capsys):
     assert lines[0].startswith("ep_vgg5_025: λ=0.05, feedback share 0.")
     assert len(lines[1].split(": ")[1].split()) == 6
     assert [line.split(":")[0] for line in lines[2:6]] == [f"layer  {layer}" for layer in range(1, 5)]
+
+
+def test_images_have_the_size_asked_for(monkeypatch):
+    seen = []
+    share = gradcheck.feedback_share
+    monkeypatch.setattr(gradcheck, "feedback_share", lambda model, x: seen.append(x.shape) or share(model, x))
+    cli.main(["gradcheck", "ep_vgg5_025", "--batch-size", "2", "--img-size", "16"])
+    assert seen == [(2, 1, 16, 16)]
 
 
 def test_models_without_settling_are_refused(capsys):
@@ -196,7 +204,8 @@ def test_command_draws_the_steps_and_compares_depths(tmp_path, capsys):
     [
         (["--over", "color", "--at", "[1]"], "over='color' is unknown"),
         (["--over", "beta"], "belong together"),
-        (["--at", "[1]"], "belong together"),
+        (["--at", "[1]"], "--over beta --at"),
+        (["--img-size", "0"], "img_size=0 is too small"),
         (["--gdu", "0"], "gdu=0"),
         (["--over", "beta", "--at", "[0]"], "beta=0"),
     ],
