@@ -170,15 +170,14 @@ def _held_sum(
     return result
 
 
-# Elements: a cache of 2 MB per core holds a piece and what is computed on the way. With 2¹⁶ as fast, with 2¹⁸ slower.
+# Elements: a cache of 2 MB per core holds a piece and what is computed on the way. 2¹⁶ is as fast, 2¹⁸ slower.
 _PIECE = 2**17
 
 
 def _pieces(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts of all maps; the whole of small ones, or on another device than a CPU.
-
-    There, a new map costs several times as much as what is computed in it, because the system clears its pages. The
-    maps between the operations of a long sum are so small this way that they never leave the cache.
+    """The same parts of all maps, so small that what is computed between the operations of a long sum stays in the
+    cache. As a new map it would cost a CPU several times as much as the operation. Small maps, and those on other
+    devices, go as a whole.
     """
     first = maps[0]
     if (
