@@ -13,8 +13,8 @@ import resource, sys
 import torch
 from timm_ep.malloc import keep_freed_memory
 
-for keep in sys.argv[1:]:
-    keep_freed_memory(keep == "keep")
+for call in sys.argv[1:]:
+    keep_freed_memory(not call.startswith("give back"), override=call.endswith("!"))
 def take():
     return [torch.ones(size * 2**18) for size in (8, 8, 8, 8)]
 for _ in range(3):
@@ -42,4 +42,7 @@ def test_what_is_kept_needs_no_new_pages():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_settings_of_the_environment_stand():
     returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    assert pages("keep", **returning) > 4 * pages("keep")
+    kept = pages("keep")
+    assert pages("keep", **returning) > 4 * kept
+    assert pages("keep!", **returning) < pages("keep", **returning) / 4
+    assert pages("give back!", "keep!", **returning) < pages("keep", **returning) / 4

@@ -101,7 +101,7 @@ def in_fresh_process(
 def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, threads: int | None) -> StepCost:
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory(False)
+    keep_freed_memory(False, override=True)
     step = make(*args)
     _load_code(device)
     _forget_peak(device)
@@ -109,7 +109,7 @@ def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, th
     for _ in range(_WEIGHED):
         step()
     megabytes = (_peak(device) - before) / 1e6
-    keep_freed_memory(True)
+    keep_freed_memory(True, override=True)
     seconds = [_seconds(step, device) for _ in range(_WARM_UP + _TIMED)]
     return StepCost(megabytes, min(seconds[_WARM_UP:]))
 
