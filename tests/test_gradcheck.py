@@ -204,7 +204,7 @@ def test_command_draws_the_steps_and_compares_depths(tmp_path, capsys):
     [
         (["--over", "color", "--at", "[1]"], "over='color' is unknown"),
         (["--over", "beta"], "belong together"),
-        (["--at", "[1]"], "--over beta --at"),
+        (["--at", "[1]"], "belong together: --over beta --at"),
         (["--img-size", "0"], "img_size=0 is too small"),
         (["--gdu", "0"], "gdu=0"),
         (["--over", "beta", "--at", "[0]"], "beta=0"),

@@ -70,7 +70,7 @@ def test_each_axis_varies_one_thing(small, tmp_path, capsys):
     base = points["batch_size", 1]
     for one, many, times in ((base, points["batch_size", 2], 2), (points["img_size", 32], points["img_size", 64], 4)):
         assert many["state_elements"] == times * one["state_elements"]
-        assert 1 < many["multiply_adds"] / one["multiply_adds"] <= times  # kernels are folded once a batch
+        assert 1 < many["multiply_adds"] / one["multiply_adds"] < times  # kernels are folded once a batch
         assert many["parameters"] == one["parameters"]
     assert points["depth", "ep_vgg9"]["x"] == points["depth", "ep_vgg9"]["multiply_adds"]
     assert points["width", 1 / 16]["state_elements"] == 2 * points["width", 1 / 32]["state_elements"]
