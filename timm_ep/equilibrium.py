@@ -206,7 +206,7 @@ def contrast(
         if needs_kernel[layer] and difference is not None:
             total = net.kernel_contrast(layer, nudged_below[0], difference)
         nudged_below.clear()
-        kept = free.kept_state(layer)
+        kept = free.kept_state(layer)  # else the state is computed when asked for, in a map of its own
         state = free.states[layer].mul_(minus) if kept is None else kept * minus
         if needs_kernel[layer]:
             if below_delta is not None and settings.feedback:

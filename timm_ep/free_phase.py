@@ -39,7 +39,7 @@ class Clipped(Sequence[Tensor]):
 class FreePhase(NamedTuple):
     """Where the free phase is: per layer the state s_l, the pre-activation u_l with s_l = clip(u_l), and the products.
 
-    Pre-activations are kept of the last sweep; before it s_l stands in their place, and costs no memory.
+    Pre-activations are kept of each layer's last update; before it s_l stands in their place, and costs no memory.
 
     A product is None once the neighbour it was computed from has moved. With a short dtype for differences the drive
     stays instead, and `moves` holds by how much s_l has moved since the drive of the layer above was computed.
@@ -197,7 +197,7 @@ def free_phase(
     elif settings.feedback == 0:
         return phase  # the feedforward pass is the equilibrium
     measures = trace is not None or settings.tol > 0
-    store: Literal["all", "last", "none"] = "none" if states_only else "all" if settings.tol > 0 else "last"
+    store: Store = "none" if states_only else "all" if settings.tol > 0 else "last"
     steps = range(first, first + settings.free_sweeps)
     sweeps = schedule(settings.update, depth, steps, started=settings.start == "feedforward")
     for step, sweep in zip(steps, sweeps, strict=True):

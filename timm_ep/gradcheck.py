@@ -171,10 +171,10 @@ class Gradcheck:
             raise ValueError(f"over={self.over!r} is unknown; choose model, {', '.join(SETTING_NAMES)}.")
         if (self.over is None) != (not self.at):
             raise ValueError(f"over={self.over} and at={self.at} belong together: --over beta --at [0.1,0.01].")
-        if self.img_size is not None and self.img_size < 1:
-            raise ValueError(f"img_size={self.img_size} is too small; give at least 1 pixel, or leave it out.")
-        if self.gdu is not None and self.gdu < 1:
-            raise ValueError(f"gdu={self.gdu} is too small; give at least 1 step, or leave it out.")
+        for name, unit in {"img_size": "pixel", "gdu": "step"}.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is too small; give at least 1 {unit}, or leave it out.")
 
     def run(self) -> list[Report]:
         """Print the tables and return what is in them: one report, or one for each value of `over`."""
