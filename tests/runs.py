@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from timm.models import save_for_hf
 
-from timm_ep.cards import RunFacts
+from timm_ep.hub.cards import RunFacts
 
 SETTINGS = {"feedback": 0.37, "free_sweeps": 7, "nudging": "centered", "beta": 0.002}
 LABELS = ["ant", "bee", "<b>cat</b>", "dög"]

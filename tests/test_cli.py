@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from timm_ep import cli
-from timm_ep.cards import RunFacts
-from timm_ep.data import open_data
+from timm_ep.data.datasets import open_data
+from timm_ep.hub.cards import RunFacts
 
 TINY = ['--model-args={"architecture": [8, "M", 8, "M", 8, "M", 8, "M"]}', "--batch-size=16", "--quiet"]
 

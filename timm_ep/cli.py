@@ -10,24 +10,24 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from timm_ep.malloc import keep_freed_memory
-from timm_ep.redaction import holds_secret, redacted
+from timm_ep.base.malloc import keep_freed_memory
+from timm_ep.hub.redaction import holds_secret, redacted
 
 # Imported only when asked for: help and errors are to be quick.
 COMMANDS = {
-    "train": ("timm_ep.trainer", "Trainer"),
-    "validate": ("timm_ep.evaluate", "Validate"),
-    "predict": ("timm_ep.predict", "Predict"),
-    "convert": ("timm_ep.convert", "Convert"),
-    "plot": ("timm_ep.plots", "Plot"),
-    "study": ("timm_ep.study", "Study"),
-    "gradcheck": ("timm_ep.gradcheck", "Gradcheck"),
-    "benchmark": ("timm_ep.benchmark", "Benchmark"),
-    "cost": ("timm_ep.cost", "Cost"),
-    "scaling": ("timm_ep.scaling", "Scaling"),
-    "card": ("timm_ep.cards", "Card"),
-    "publish": ("timm_ep.hub", "Publish"),
-    "pull": ("timm_ep.hub", "Pull"),
+    "train": ("timm_ep.training.trainer", "Trainer"),
+    "validate": ("timm_ep.training.evaluate", "Validate"),
+    "predict": ("timm_ep.training.predict", "Predict"),
+    "convert": ("timm_ep.training.convert", "Convert"),
+    "plot": ("timm_ep.hub.curves", "Plot"),
+    "study": ("timm_ep.studies.study", "Study"),
+    "gradcheck": ("timm_ep.studies.gradcheck", "Gradcheck"),
+    "benchmark": ("timm_ep.studies.benchmark", "Benchmark"),
+    "cost": ("timm_ep.studies.cost", "Cost"),
+    "scaling": ("timm_ep.studies.scaling", "Scaling"),
+    "card": ("timm_ep.hub.cards", "Card"),
+    "publish": ("timm_ep.hub.publishing", "Publish"),
+    "pull": ("timm_ep.hub.publishing", "Pull"),
 }
 
 _USAGE = f"""usage: timm-ep {{{",".join(COMMANDS)}}} …

@@ -1,7 +1,8 @@
 """The weights of timm's feedforward VGGs (`vgg11` … `vgg19`, `_bn` too) under the names of an `EpVgg`.
 
 A ReLU net with max pooling computes max(0, P(W_l ⋆ h_(l−1)) + b_l), which is what an `EpVgg` with `pool="max"` and
-without feedback computes as long as no state reaches 1, where it is clipped: `timm_ep.convert.calibrate` sees to that.
+without feedback computes as long as no state reaches 1, where it is clipped: `timm_ep.training.convert.calibrate` sees
+to that.
 """
 
 import re

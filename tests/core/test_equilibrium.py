@@ -1,0 +1,237 @@
+"""EP's gradient against autograd through the settling, finite differences and the plain reference."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from conftest import make_batch, make_net
+from timm_ep.studies.reference import Reference
+
+
+def gradients(model, x, y, gradient="ep", scale=1.0, **settings):
+    """dL/dx and the gradient of every parameter, for a loss with an error signal on every second state too."""
+    model = copy.deepcopy(model)
+    for name, value in {"gradient": gradient, **settings}.items():
+        setattr(model, name, value)
+    x = x.detach().clone().requires_grad_()
+    states = model.equilibrium(x)
+    loss = F.cross_entropy(model.forward_head(states[-1]), y) + sum(s.square().mean() for s in states[::2])
+    (loss * scale).backward()
+    return {"x": x.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+def cosines(ours, exact):
+    return {
+        name: F.cosine_similarity(ours[name].flatten().double(), grad.flatten().double(), 0).item()
+        for name, grad in exact.items()
+    }
+
+
+@pytest.mark.parametrize("depth", [4, 9])
+@pytest.mark.parametrize("feedback", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_one_sided_gradient_is_exact(pool, feedback, depth):
+    """Cosine ≥ 0.9999 and norm within 1 % of autograd through the converged settling, for every parameter and x."""
+    model, (x, y) = make_net(depth, 0.2, pool=pool, feedback=feedback, beta=1e-6), make_batch()
+    model.free_sweeps = model.nudged_sweeps = 200
+    assert model.free_residual(x)[-1] < 1e-10
+    ours, exact = gradients(model, x, y), gradients(model, x, y, "bptt")
+    for name, cosine in cosines(ours, exact).items():
+        assert cosine >= 0.9999, name
+        assert abs(ours[name].norm() / exact[name].norm() - 1) < 0.01, name
+
+
+@pytest.mark.parametrize("depth", [4, 9])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_centered_gradient_at_large_beta(pool, depth):
+    """Off the bounds, β = 0.1 leaves a bias of order β² only, smaller than the one-sided estimate's."""
+    model, (x, y) = make_net(depth, 0.15, pool=pool, feedback=0.5, beta=0.1, nudged_sweeps=100), make_batch()
+    model.free_sweeps = 150
+    for conv in model.layers:
+        conv.bias.data.add_(0.4)
+    exact = gradients(model, x, y, "bptt")
+    centered = cosines(gradients(model, x, y, nudging="centered"), exact)
+    one_sided = cosines(gradients(model, x, y, nudging="one-sided"), exact)
+    assert min(centered.values()) >= 0.99
+    assert min(centered.values()) > min(one_sided.values())
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_gradient_is_that_of_finite_differences(pool):
+    model, (x, y) = make_net(4, 0.3, pool=pool, feedback=0.7, beta=1e-6), make_batch(batch=2)
+    model.free_sweeps, model.nudged_sweeps = 100, 100
+    ours = gradients(model, x, y)
+
+    def loss(model, x):
+        with torch.no_grad():
+            states = model.equilibrium(x)
+            return F.cross_entropy(model.forward_head(states[-1]), y) + sum(s.square().mean() for s in states[::2])
+
+    step = 1e-5
+    for name, grad in ours.items():
+        direction = torch.randn_like(grad)
+        values = []
+        for sign in (1, -1):
+            moved, at = copy.deepcopy(model), x
+            if name == "x":
+                at = x + sign * step * direction
+            else:
+                with torch.no_grad():
+                    moved.get_parameter(name).add_(direction, alpha=sign * step)
+            values.append(loss(moved, at))
+        slope = (values[0] - values[1]) / (2 * step)
+        assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_contrast_is_the_difference_of_the_reference_energies():
+    """At any β the contrast of the two phases is that of Φ's parameter derivatives at the two states."""
+    beta = 0.2
+    model, (x, y) = make_net(4, 0.3, feedback=0.5, free_sweeps=100, nudged_sweeps=100, beta=beta), make_batch()
+    reference = Reference.of(model)
+    free = reference.settle(x, steps=200)
+    leaf = free[-1].clone().requires_grad_()
+    force = torch.autograd.grad(F.cross_entropy(model.forward_head(leaf), y), leaf)[0]
+    parts = []
+    for i in range(len(x)):
+        one, rest, pull = x[i : i + 1], [state[i : i + 1] for state in free], force[i : i + 1]
+        strength = beta / pull.abs().max()  # the package nudges by β relative to a sample's largest force
+        nudged = reference.settle(one, rest, 200, strength, lambda states, pull=pull: (states[-1] * pull).sum())
+        parts.append(reference.contrast(one, nudged, rest, strength))
+    kernels, biases = ([sum(layer) for layer in zip(*each, strict=True)] for each in zip(*parts, strict=True))
+    ours = copy.deepcopy(model)
+    F.cross_entropy(ours(x), y).backward()
+    for conv, kernel, bias in zip(ours.layers, kernels, biases, strict=True):
+        assert_close(conv.bias.grad, bias, rtol=1e-6, atol=1e-10)
+        expected = torch.autograd.grad((conv()[0] * kernel).sum(), conv.weight)[0]
+        assert_close(conv.weight.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_a_batch_gives_the_gradient_of_its_samples_at_any_nudging_strength(pool):
+    """The estimate of a sample does not depend on the samples beside it, though β is far from its limit."""
+    model, (x, y) = make_net(4, 0.3, feedback=0.5, beta=0.3, pool=pool, nudged_sweeps=3), make_batch(batch=4)
+    whole = gradients(model, x, y)
+    parts = [gradients(model, x[i : i + 1], y[i : i + 1]) for i in range(4)]
+    for name, grad in whole.items():
+        each = [part[name] / 4 for part in parts]
+        assert_close(grad, torch.cat(each) if name == "x" else sum(each), rtol=1e-10, atol=1e-14)
+
+
+def test_no_feedback_is_backpropagation():
+    model, (x, y) = make_net(9, feedback=0.0, beta=1e-9), make_batch()
+    ours, exact = gradients(model, x, y), gradients(model, x, y, "backprop")
+    for name, grad in exact.items():
+        assert_close(ours[name], grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_is_linear_in_the_scale_of_the_loss(dtype):
+    model, (x, y) = make_net(9, dtype=dtype), make_batch(dtype=dtype)
+    once = gradients(model, x, y)
+    for exponent in range(-8, 9, 2):
+        scaled = gradients(model, x, y, scale=10.0**exponent)
+        for name, grad in once.items():
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+            assert (scaled[name] / 10.0**exponent - grad).norm() <= tolerance * grad.norm(), (name, exponent)
+
+
+def test_zero_in_zero_out():
+    model, (x, y) = make_net(4), make_batch()
+    for name, grad in gradients(model, x, y, scale=0.0).items():
+        assert (grad == 0).all(), name
+
+
+def test_a_loss_on_a_lower_state_reaches_the_layers_above_through_feedback_only():
+    """∂s_1/∂W_4 goes through feedback; with λ = 0 there is none."""
+    for feedback in (0.3, 0.0):
+        model, (x, _) = make_net(4, feedback=feedback, nudged_sweeps=9, free_sweeps=9), make_batch()
+        model.equilibrium(x)[0].sum().backward()
+        assert bool(model.layers[3].weight.grad.abs().sum()) == (feedback > 0)
+
+
+def test_every_layer_gets_a_gradient_from_one_nudged_sweep():
+    model, (x, y) = make_net(13, nudged_sweeps=1), make_batch()
+    F.cross_entropy(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.norm() > 0, name
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.99), (torch.bfloat16, 0.95)])
+def test_low_precision_keeps_the_direction(dtype, least):
+    """The delta form at λ = 0.1 in 13 layers, against itself in float64."""
+    model, (x, y) = make_net(13, 0.5, feedback=0.1, free_sweeps=8, nudged_sweeps=8), make_batch(batch=8, size=32)
+    exact = gradients(model, x, y)
+    low = gradients(copy.deepcopy(model).to(dtype), x.to(dtype), y)
+    for name, cosine in cosines(low, exact).items():
+        if name.endswith(("weight", "bias", "gain")):
+            assert cosine >= least, name
+
+
+def test_autocast_settles_in_bfloat16_and_keeps_float32_gradients():
+    model, (x, y) = make_net(9, 0.5, dtype=torch.float32), make_batch(batch=8, size=32, dtype=torch.float32)
+    exact = gradients(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.equilibrium(x)[0].dtype == torch.bfloat16
+        low = gradients(model, x, y)
+    for name, cosine in cosines(low, exact).items():
+        assert low[name].dtype == torch.float32
+        assert cosine >= 0.95, name
+
+
+def test_odd_sizes_and_memory_formats_agree():
+    model, (x, y) = make_net(4, feedback=0.3, free_sweeps=30, nudged_sweeps=30), make_batch(size=19)
+    plain, exact = gradients(model, x, y), gradients(model, x, y, "bptt")
+    last = gradients(model, x.to(memory_format=torch.channels_last), y)
+    for name, cosine in cosines(plain, exact).items():
+        assert cosine >= 0.999, name
+        assert_close(plain[name], last[name])
+
+
+@pytest.mark.parametrize("gradient", ["bptt", "backprop"])
+def test_recomputation_changes_no_gradient(gradient):
+    model, (x, y) = make_net(4, feedback=0.3), make_batch()
+    stored = gradients(model, x, y, gradient)
+    model.set_grad_checkpointing()
+    for name, grad in gradients(model, x, y, gradient).items():
+        assert_close(grad, stored[name])
+
+
+def test_gradients_are_not_differentiable_twice():
+    model, (x, y) = make_net(4), make_batch()
+    grad = torch.autograd.grad(F.cross_entropy(model(x), y), model.layers[0].weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_inference_mode_and_no_grad_give_the_same_logits():
+    model, (x, _) = make_net(4), make_batch()
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    assert expected.requires_grad
+
+
+def test_frozen_parameters_get_no_gradient():
+    model, (x, y) = make_net(4), make_batch()
+    model.layers[1].requires_grad_(False)
+    model.layers[2].bias.requires_grad_(False)
+    exact = gradients(model, x, y, "bptt", free_sweeps=30)
+    ours = gradients(model, x, y, free_sweeps=30, nudged_sweeps=30)
+    missing = {name for name, grad in ours.items() if grad is None}
+    assert missing == {"layers.1.weight", "layers.1.gain", "layers.1.bias", "layers.2.bias"}
+    assert missing == {name for name, grad in exact.items() if grad is None}
+
+
+def test_accumulated_batches_add_up():
+    """Per-sample independence: two half batches give the gradient of the whole."""
+    model, (x, y) = make_net(4, feedback=0.3, beta=1e-9), make_batch(batch=4)
+    whole = gradients(model, x, y)
+    halves = [gradients(model, x[i : i + 2], y[i : i + 2], scale=0.5) for i in (0, 2)]
+    for name in whole:
+        if name != "x":
+            assert_close(halves[0][name] + halves[1][name], whole[name], rtol=1e-6, atol=1e-9)

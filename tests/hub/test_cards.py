@@ -1,0 +1,314 @@
+"""Model cards: valid metadata, escaped text, facts as measured, no drift; the weights that ship with the package."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from runs import SETTINGS, changed_config, make_facts, make_run
+from timm_ep import cli
+from timm_ep.hub.cards import Card, RunFacts, folder_card
+from timm_ep.hub.export import prepare
+from timm_ep.hub.redaction import redacted
+from timm_ep.training.evaluate import Validate
+
+ROOT = Path(__file__).parents[2]
+RELEASES = sorted((ROOT / "model_cards").iterdir())
+SECRET = "hf_RecognisableFakeToken0123456789"
+
+
+def twin_facts(**kwargs) -> RunFacts:
+    settings = {**make_facts().settings, "gradient": "backprop"}
+    return make_facts(settings=settings, feedback_share=None, top1=64.25, command="the twin's command", **kwargs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A repository with a twin."""
+    run = make_run(tmp_path / "run", top5=93.0, teacher="resnet18.a1_in1k", signals={"local_error": 0.3})
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    twin_facts().save(twin / "results.json")
+    prepare(run, tmp_path / "folder", "alice/ep_vgg5_025.insects", twin=twin)
+    return tmp_path / "folder"
+
+
+def test_metadata_are_what_the_hub_reads(folder):
+    card = ModelCard.load(folder / "README.md")
+    data = card.data
+    assert data.library_name == "timm"
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "image-classification"
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert "transformers" not in data.tags  # a default of timm's that would be wrong
+    assert {"timm", "timm_ep", "equilibrium-propagation", "image-classification"} <= set(data.tags)
+    assert data.model_name == "ep_vgg5_025.insects"
+    results = [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_split) for r in data.eval_results]
+    assert results == [("accuracy", 61.5, "uoft-cs/cifar10", "test"), ("accuracy", 93.0, "uoft-cs/cifar10", "test")]
+
+
+def test_the_card_tells_how_it_was_trained_and_how_the_twin_fared(folder):
+    text = (folder / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.M))
+    assert rows["Feedback gain λ"] == "0.37"
+    assert rows["Nudging strength β"] == "0.002, centered"
+    assert rows["Sweeps"] == "7 free, 1 nudged; sweep updates, feedforward start"
+    assert rows["Intermediate error signals"] == r"local\_error (weight 0.3)".replace("(", r"\(").replace(")", r"\)")
+    assert rows["Teacher"] == r"resnet18.a1\_in1k"
+    assert rows["Seed"] == "3"
+    assert rows["Time"] == "0 min 12 s"
+    assert rows["Epochs"] == "2"
+    assert rows["this model"] == "61.50 % | 93.00 % | 0 min 12 s"
+    assert rows["backprop twin"] == "64.25 % | – | 0 min 12 s"
+    assert make_facts().machine.replace("_", r"\_") in text
+    assert f"torch {torch.__version__}".replace("_", r"\_") in text
+    assert "```\ntimm-ep train --dataset torch/cifar10\n```" in text
+    assert "```\nthe twin's command\n```" in text
+    assert "arXiv:2508.15989" in text
+    assert "import timm_ep" in text
+    assert "Unknown model (ep_vgg5_025)" in text
+    for heading in (
+        "Classify",
+        "Features",
+        "Fine-tune by Equilibrium",
+        "Distil",
+        "Limits",
+        "Citation",
+        "Results against",
+    ):
+        assert re.search(rf"^##+ {heading}", text, re.M)
+
+
+def test_without_a_twin_or_facts_the_card_says_so(tmp_path):
+    run = make_run(tmp_path / "run")
+    prepare(run, tmp_path / "alone", "alice/x")
+    assert "| backprop twin | not run |" in (tmp_path / "alone" / "README.md").read_text()
+    (run / "results.json").unlink()
+    prepare(run, tmp_path / "bare", "alice/x")
+    text = (tmp_path / "bare" / "README.md").read_text()
+    assert "was not recorded" in text
+    assert "| Feedback gain λ | 0.37 |" in text
+    assert "model-index" not in text
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "timm"
+
+
+def test_a_reference_by_backprop_is_not_called_ep(tmp_path):
+    run = make_run(tmp_path / "run")
+    twin_facts().save(run / "results.json")
+    assert "but **not** by Equilibrium" in folder_card(run, "x", "hf-hub:a/x")
+
+
+def test_all_settings_are_published(tmp_path):
+    """Of a run that relies on defaults too: it is to be the same model after a default has changed."""
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_bytes(changed_config(run, model_args={"in_chans": 1, "feedback": 0.37}))
+    prepare(run, tmp_path / "folder", "alice/x")
+    args = json.loads((tmp_path / "folder" / "config.json").read_text())["model_args"]
+    expected = asdict(timm.create_model("ep_vgg5_025", feedback=0.37).settings)
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_curves_without_matplotlib_get_a_message(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install timm_ep\[plots\]"):
+        prepare(make_run(tmp_path / "run"), tmp_path / "folder", "alice/x")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("wrong", [make_facts(), twin_facts(dataset="digits"), twin_facts(architecture="ep_vgg9")])
+def test_a_twin_is_the_same_net_on_the_same_data(tmp_path, wrong):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "twin").mkdir()
+    wrong.save(tmp_path / "twin" / "results.json")
+    with pytest.raises(ValueError, match="the twin is ep_vgg5_025 on torch/cifar10 by backprop"):
+        prepare(run, tmp_path / "folder", "alice/x", twin=tmp_path / "twin")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_dataset_known_by_another_name_gets_its_id(tmp_path):
+    run = make_run(tmp_path / "run", dataset="folder")
+    prepare(run, tmp_path / "a", "alice/x", dataset_id="uoft-cs/cifar10")
+    prepare(tmp_path / "a", tmp_path / "b", "alice/x")  # it is remembered
+    for name in "ab":
+        assert ModelCard.load(tmp_path / name / "README.md").data.datasets == ["uoft-cs/cifar10"]
+        assert "CIFAR-10, 100 training" in (tmp_path / name / "README.md").read_text()
+
+
+EVIL = "<script>alert(1)</script>`](javascript:alert(1))\n---\n# {{ 7 * 7 }} | <img src=x onerror=alert(1)> \x1b[31m"
+
+
+def test_what_a_run_says_is_text_in_its_card(tmp_path):
+    """HTML, Markdown, YAML, Jinja and terminal sequences, in every field that holds text."""
+    run = make_run(tmp_path / "run")
+    settings = dict.fromkeys(make_facts().settings, EVIL)
+    texts = dict.fromkeys(
+        ("dataset", "teacher", "started_from", "machine", "torch_version", "timm_version", "timm_ep_version"), EVIL
+    )
+    facts = make_facts(**texts, command=f"```\n{EVIL}", signals={EVIL: 1.0}, settings=settings, dataset_id=EVIL)
+    facts.save(run / "results.json")
+    facts.save(run / "twin.json")
+    cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
+    harmless = "<script>alert(1)</script>"
+    (run / "config.json").write_bytes(changed_config(run, pretrained_cfg={**cfg, "license": harmless}))
+    text = folder_card(run, "x", "hf-hub:alice/x")
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    metadata = ModelCard(text).data
+    assert metadata.library_name == "timm"
+    assert metadata.license == "other"
+    assert metadata.datasets is None
+    assert {result.metric_value for result in metadata.eval_results} == {61.5}
+    fences = re.findall(r"^(`{3,})\n(.*)\n\1$", body, re.M)
+    assert len(fences) == 2  # the commands, of one line each, in fences longer than any in them
+    for fence, command in fences:
+        assert fence not in command
+        body = body.replace(command, "")
+    for part in (front, body):
+        assert "<" not in part
+        assert "\x1b" not in part
+    assert "7 \\* 7" in body
+    assert not re.search(r"(?<!\\)\]\(javascript", body)
+    headings = ["x", "Usage", "How it was trained", "Results against the backprop twin", "Limits", "Citation"]
+    assert re.findall(r"^##? (.*)", body, re.M) == headings
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "1", None, True])
+def test_facts_are_finite_numbers(tmp_path, value):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**asdict(make_facts()), "train_seconds": value}))
+    with pytest.raises(ValueError, match=r"train_seconds is|is not JSON"):
+        RunFacts.load(path)
+
+
+def test_facts_with_defaults_may_be_missing(tmp_path):
+    """Results written before a field was added stay readable."""
+    values = asdict(make_facts())
+    del values["dataset_id"], values["signals"]
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    assert RunFacts.load(tmp_path / "results.json").signals == {}
+    del values["seed"]
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"missing fields \['seed'\]"):
+        RunFacts.load(tmp_path / "results.json")
+
+
+def test_secrets_are_redacted(monkeypatch, tmp_path):
+    for text in (SECRET, "api_org_abcdefghijklmnopqrstuvwxyz", "hf_oauth_eyJhbGciOi.J9-x_y.z", f"--token={SECRET}"):
+        assert redacted(f"before {text} after").replace("--token=", "") == "before *** after"
+    assert redacted("https://me:pass@host/x") == "https://***@host/x"
+    for harmless in ("hf_hub_download", "uoft-cs/cifar10", "runs/hf_models", "a@b.org", "https://host/a@b"):
+        assert redacted(harmless) == harmless
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
+    assert redacted("x of-no-known-form") == "x ***"
+    facts = make_facts(command=f"timm-ep train --token {SECRET} of-no-known-form")
+    facts.save(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["command"] == "timm-ep train --token *** ***"
+    run = make_run(tmp_path / "run")
+    cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
+    (run / "config.json").write_bytes(changed_config(run, pretrained_cfg={**cfg, "license": SECRET}))
+    assert "license: ***" in folder_card(run, "x", "hf-hub:alice/x")
+
+
+def test_the_command_line_strikes_tokens_out_of_errors(tmp_path, capsys):
+    """Of what came by a file of options too, which is not looked through."""
+    (tmp_path / "options.yaml").write_text(f"run_folder: {SECRET}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "--config", str(tmp_path / "options.yaml")])
+    told = capsys.readouterr().err
+    assert "***/results.json does not exist" in told
+    assert SECRET not in told
+
+
+# Releases
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_released_cards_have_not_drifted(release, capsys):
+    cli.main(["card", str(release), "--check"])
+    assert "is up to date" in capsys.readouterr().out
+
+
+def test_drift_fails_the_check(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="has drifted"):
+        Card(run, check=True).run()
+    Card(run).run()
+    Card(run, check=True).run()
+    make_facts(seed=4).save(run / "results.json")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["card", str(run), "--check"])
+    assert stopped.value.code == 2
+    assert f"write it again with: timm-ep card {run}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_a_release_is_the_model_its_card_describes(release):
+    """By name, offline: weights, settings, data, classes and, where the package has the images, the accuracy."""
+    facts = RunFacts.load(release / "results.json")
+    assert release.name in timm.list_pretrained("ep_*")
+    model = timm.create_model(release.name, pretrained=True).eval()
+    folder = timm.create_model(f"local-dir:{release}", pretrained=True).eval()
+    for name, tensor in folder.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert asdict(model.settings) == asdict(folder.settings) == facts.settings
+    for key in ("mean", "std", "input_size", "num_classes", "label_names"):
+        assert list_of(model.pretrained_cfg[key]) == list_of(folder.pretrained_cfg[key])
+    if facts.dataset == "digits":
+        assert Validate(release).run().top1 == pytest.approx(facts.top1)
+    assert not set(re.findall(r"/(?:home|tmp|root|work)/\S*", (release / "results.json").read_text()))
+
+
+def list_of(value):
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def test_releases_leave_the_architectures_defaults_alone():
+    model = timm.create_model("ep_vgg5_025")
+    assert (model.num_classes, model.in_chans) == (1000, 3)
+
+
+def test_releases_are_tuned_by_ep():
+    model = timm.create_model("ep_vgg5_025.ep_digits", pretrained=True, num_classes=3, **SETTINGS)
+    start = copy.deepcopy(model.state_dict())
+    torch.nn.functional.cross_entropy(model(torch.randn(2, 1, 32, 32)), torch.tensor([0, 2])).backward()
+    assert torch.equal(
+        start["layers.0.weight"], timm.create_model("ep_vgg5_025.ep_digits", pretrained=True).layers[0].weight
+    )
+    assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_weights_and_the_template(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import timm, timm_ep, sys; from pathlib import Path; from timm_ep.hub.cards import Card;"
+        f"assert timm_ep.__file__.startswith({str(tmp_path)!r}), timm_ep.__file__;"
+        "print(timm.create_model('ep_vgg5_025.ep_digits', pretrained=True).num_classes, timm.list_pretrained('ep_*'));"
+        f"Card(Path({str(make_run(tmp_path / 'run'))!r})).run()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10 ['ep_vgg5_025.ep_digits'")
+
+
+@pytest.mark.slow
+def test_without_the_import_timm_says_what_the_card_explains(tmp_path):
+    code = f"import timm; timm.create_model('local-dir:{make_run(tmp_path / 'run')}')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "RuntimeError: Unknown model (ep_vgg5_025)" in done.stderr

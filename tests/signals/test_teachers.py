@@ -1,0 +1,171 @@
+"""Teachers come from timm with the head they were trained with, and see images as they know them."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torchvision.transforms.functional import normalize
+
+from timm_ep.signals.teachers import TeacherCache, create_teacher
+from timm_ep.training.trainer import Trainer
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+IMAGENET = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture(scope="module")
+def imagenet_folder(tmp_path_factory):
+    """A 224-pixel model of 1000 classes as timm saves it, with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(5)
+    model = timm.create_model("resnet18", num_classes=1000)
+    save_for_hf(model, folder, model_config={**IMAGENET, "num_classes": 1000}, safe_serialization="both")
+    return folder
+
+
+def test_a_224_pixel_teacher_of_a_32_pixel_student(imagenet_folder):
+    """The features and logits of the model itself on the images as it knows them, from one pass."""
+    teacher = create_teacher(f"local-dir:{imagenet_folder}", MEAN, STD)
+    pixels = torch.rand(2, 3, 32, 32)
+    answer = teacher(normalize(pixels, MEAN, STD))
+    assert teacher.reductions == [2, 4, 8, 16, 32]
+    assert teacher.channels == [64, 64, 128, 256, 512]
+    assert [tuple(f.shape) for f in answer.features] == [
+        (2, c, 224 // r, 224 // r) for c, r in zip(teacher.channels, teacher.reductions, strict=True)
+    ]
+    plain = timm.create_model(f"local-dir:{imagenet_folder}", pretrained=True).eval()
+    large = F.interpolate(pixels, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    known = normalize(large, IMAGENET["mean"], IMAGENET["std"])
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits, plain(known), rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(answer.features, plain.forward_intermediates(known)[1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "ep_vgg5_025", "test_efficientnet", "resnet18"])
+def test_features_and_logits_are_those_of_the_model_alone(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    teacher = create_teacher(model, MEAN, STD)
+    images = torch.rand(1, 3, 32, 32)
+    answer = teacher(images)
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits, model(teacher.adapt(images)))
+    assert [f.shape[1] for f in answer.features] == teacher.channels
+    size = teacher.input_size[0]
+    assert [f.shape[-1] for f in answer.features] == [size // r for r in teacher.reductions]
+
+
+def test_any_module_teaches_its_logits():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 7))
+    answer = create_teacher(model, MEAN, STD)(torch.rand(2, 3, 32, 32))
+    assert answer.features == ()
+    assert answer.logits.shape == (2, 7)
+
+
+def test_a_teacher_is_frozen_and_stays_in_eval_mode():
+    teacher = create_teacher(timm.create_model("test_resnet", num_classes=7), MEAN, STD)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    teacher.train()
+    answer = teacher(torch.rand(4, 3, 32, 32, requires_grad=True))
+    assert not any(module.training for module in teacher.modules())
+    assert not any(param.requires_grad for param in teacher.parameters())
+    assert not answer.logits.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_grey_images_are_shown_to_a_colour_teacher():
+    teacher = create_teacher(timm.create_model("test_resnet", num_classes=7), (0.5,), (0.5,))
+    assert teacher.adapt(torch.zeros(2, 1, 32, 32)).shape == (2, 3, *teacher.input_size)
+    expected = (0.5 - teacher.mean.flatten()) / teacher.std.flatten()
+    torch.testing.assert_close(teacher.adapt(torch.zeros(1, 1, 40, 40))[0, :, 5, 5], expected)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    Trainer(epochs=1, train_images=64, gradient="backprop", output=folder, quiet=True).run()
+    return folder
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}", "{}/model.safetensors"])
+def test_a_trained_run_teaches(run, form):
+    digits = [str(digit) for digit in range(10)]
+    teacher = create_teacher(form.format(run), (0.5,), (0.5,), classes=digits)
+    trained = timm.create_model(f"local-dir:{run}", pretrained=True)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(teacher.model.state_dict()[name], value)
+
+
+def test_weights_of_a_named_model(tmp_path):
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "model_best.pth.tar")
+    teacher = create_teacher("test_resnet", (0.5,), (0.5,), tmp_path / "model_best.pth.tar", classes=list("abcdefg"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(teacher.model.state_dict()[name], value)
+
+
+def test_other_classes_are_refused_for_logits_and_allowed_for_features(run, imagenet_folder):
+    with pytest.raises(ValueError, match=r"has 1000 classes and the student 10: .*--distill-features"):
+        create_teacher(f"local-dir:{imagenet_folder}", MEAN, STD, classes=[str(i) for i in range(10)])
+    with pytest.raises(ValueError, match=r"\['0', '1', '2', '3', '4'\]… and the student \['9'"):
+        create_teacher(str(run), (0.5,), (0.5,), classes=[str(i) for i in reversed(range(10))])
+    assert create_teacher(f"local-dir:{imagenet_folder}", MEAN, STD).model.num_classes == 1000
+
+
+def test_no_teacher_without_trained_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"No teacher 'ep_vgg9'.*list_pretrained"):
+        create_teacher("ep_vgg9", MEAN, STD)
+    with pytest.raises(ValueError, match=r"No teacher 'resnet1'"):
+        create_teacher("resnet1", MEAN, STD)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        create_teacher(str(tmp_path), MEAN, STD)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        create_teacher("test_resnet", MEAN, STD, tmp_path / "nothing.safetensors")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"holds no fc\.weight"):
+        create_teacher("test_resnet", MEAN, STD, tmp_path / "other.pth")
+    model = timm.create_model("test_resnet", num_classes=7)
+    state = model.state_dict()
+    state.pop("bn1.weight")
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="does not hold the weights of test_resnet"):
+        create_teacher("test_resnet", MEAN, STD, tmp_path / "part.pth")
+
+
+class Unpickled:
+    def __reduce__(self):
+        return (pytest.fail, ("a teacher's weights were unpickled",))
+
+
+def test_weights_are_never_unpickled(tmp_path):
+    torch.save({"state_dict": {"head.fc.weight": Unpickled()}}, tmp_path / "evil.pth")
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    for name in ("evil.pth", "text.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is not a file of weights alone"):
+            create_teacher("test_resnet", MEAN, STD, tmp_path / name)
+
+
+def test_the_cache_asks_once_and_gives_the_same_answer():
+    teacher = create_teacher(timm.create_model("test_resnet", num_classes=7), MEAN, STD)
+    images = torch.rand(6, 3, 32, 32)
+    asked = []
+    teacher.register_forward_pre_hook(lambda module, args: asked.append(len(args[0])))
+    cache = TeacherCache(teacher, 6)
+    for indices in ([4, 0], [0, 5, 4], [1, 2, 3, 4, 5, 0]):
+        answer = cache(images[indices], torch.tensor(indices))
+        expected = teacher(images[indices])
+        asked.pop()
+        for ours, theirs in zip((*answer.features, answer.logits), (*expected.features, expected.logits), strict=True):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    assert asked == [2, 1, 3]
+
+
+def test_a_cache_that_would_fill_the_memory_is_refused():
+    teacher = create_teacher(timm.create_model("test_resnet", num_classes=7), MEAN, STD)
+    cache = TeacherCache(teacher, 10_000_000)
+    with pytest.raises(MemoryError, match=r"10,000,000 images takes .* GiB; the limit is 8 GiB"):
+        cache(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))

@@ -1,0 +1,82 @@
+"""The study only counts what runs wrote: checked on runs written here by hand."""
+
+import csv
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from timm_ep.core.settings import Settings
+from timm_ep.hub.cards import RunFacts
+from timm_ep.studies.study import Study
+
+
+def write_run(folder, accuracy, depth=3, seed=0, gradient="ep", feedback=0.5, signals=(), nudges=(0.5, 1.0, 2.0)):
+    facts = RunFacts(
+        architecture="ep_vgg5",
+        command="timm-ep train",
+        seed=seed,
+        dataset="digits",
+        n_train=10,
+        n_test=10,
+        top1=accuracy,
+        top5=None,
+        epochs=2,
+        train_seconds=7.0,
+        settings=dataclasses.asdict(Settings(gradient=gradient, feedback=feedback)),
+        feedback_share=None,
+        signals=dict.fromkeys(signals, 1.0),
+    )
+    facts.save(folder / "results.json")
+    with (folder / "layers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "layer", "scaled_nudge", "free_residual"])
+        for epoch in (1, 2):
+            for layer in range(depth):
+                writer.writerow([epoch, layer + 1, epoch * nudges[layer], 0.1 * layer / epoch])
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "one" / "a", 50.0)
+    write_run(tmp_path / "one" / "b", 60.0, seed=1)
+    write_run(tmp_path / "one" / "c", 70.0, depth=2, signals=["local_error"])
+    write_run(tmp_path / "one" / "d", 75.0, signals=["distill_logits", "distill_features"])
+    write_run(tmp_path / "two" / "e", 80.0, signals=["local_error", "distill_features"], nudges=(0.0, 0.0, 0.0))
+    write_run(tmp_path / "two" / "f", 90.0, gradient="backprop")
+    return tmp_path
+
+
+def test_rows_and_table_are_those_of_the_runs(runs):
+    rows = Study(runs).run()
+    assert [(row.group, row.training, row.depth, row.accuracy) for row in rows] == [
+        ("one", "plain EP", 3, 50.0),
+        ("one", "plain EP", 3, 60.0),
+        ("one", "EP + local errors", 2, 70.0),
+        ("one", "EP + distillation", 3, 75.0),
+        ("two", "EP + both", 3, 80.0),
+        ("two", "backprop", 3, 90.0),
+    ]
+    assert rows[0].first_to_last == 0.25
+    assert rows[4].first_to_last == 0.0
+    assert rows[0].worst_residual == pytest.approx(0.1)
+    lines = (runs / "study.md").read_text().splitlines()
+    assert lines[0] == "| one: convolutions | 2 | 3 |"
+    assert lines[2] == "| plain EP |  | 55.0 ± 7.1 |"
+    assert lines[3] == "| EP + local errors | 70.0 |  |"
+    assert "| backprop | 90.0 |" in lines
+    with (runs / "study.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [{name: str(value) for name, value in dataclasses.asdict(row).items()} for row in rows] == written
+
+
+def test_figures_have_a_panel_for_each_group(runs, tmp_path):
+    Study(runs, tmp_path / "figures").run()
+    for name in ("accuracy.png", "nudge.png"):
+        with Image.open(tmp_path / "figures" / name) as image:
+            assert image.width == 1000
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no finished run of an ep_vgg"):
+        Study(tmp_path).run()

@@ -1,0 +1,68 @@
+"""The rule of `timm_ep/README.md`: imports lead downwards only, so there is no circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import timm_ep
+
+PACKAGE = Path(timm_ep.__file__).parent
+WINGS = ("base", "core", "models", "signals", "data", "hub", "training", "studies")  # from the bottom up
+FLOORS = {name: floor for floor, name in enumerate(WINGS)}
+
+
+def imports() -> dict[str, set[str]]:
+    """What each module of the package imports of the package, imports inside functions included."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "timm_ep":
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[module] |= members & modules.keys() or {str(node.module)}
+            elif isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "timm_ep"}
+    return found
+
+
+def wing(module: str) -> str | None:
+    name = [*module.split("."), ""][1]
+    return name if name in FLOORS else None
+
+
+def test_imports_lead_downwards():
+    """A wing imports itself and those below; `core` imports torch and itself alone. The top level may import all."""
+    wrong = [
+        f"{module} imports {imported}"
+        for module, members in imports().items()
+        for imported in members
+        if (here := wing(module))
+        and imported != "timm_ep.version"
+        and ((there := wing(imported)) is None or FLOORS[there] > FLOORS[here] or (here == "core" and there != "core"))
+    ]
+    assert not wrong, wrong
+
+
+def test_no_circle():
+    """Not within a wing either. A package's own `__init__` is left out: every module in it runs it first."""
+    packages = {f"timm_ep.{name}" for name in WINGS} | {"timm_ep"}
+    graph = {module: members - packages for module, members in imports().items() if module not in packages}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert "timm_ep.core.energy" in order
+
+
+def test_the_core_knows_torch_alone():
+    for path in (PACKAGE / "core").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.partition(".")[0] for name in names} & {"timm", "torchvision", "PIL", "numpy"}, path
+
+
+def test_every_wing_is_named():
+    """A new folder needs a floor."""
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(WINGS)

@@ -1,0 +1,199 @@
+"""Several processes are one with a batch as large as theirs together: gradients, weights, checkpoints, interruption."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from test_resume import assert_same, final_state, train, updates_seen
+from torch.testing import assert_close
+
+from conftest import make_batch, make_net
+from timm_ep.data.loader import EpochOrder
+from timm_ep.signals.local_errors import LocalErrors
+from timm_ep.signals.task import EpTask
+from timm_ep.training.distributed import join_world
+from timm_ep.training.trainer import Trainer
+
+processes = multiprocessing.get_context("forkserver")
+
+
+def start(target, *args, size=2, **kwargs):
+    """Start `target` in as many processes as torchrun would, with the environment that it would set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=as_rank, args=(rank, size, port, target, args, kwargs)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def as_rank(rank, size, port, target, args, kwargs):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    target(*args, **kwargs)
+
+
+def codes(ranks):
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+def gradients(path=None, count=1):
+    """Gradients of net and local errors on this process's share of 16 images, in `count` accumulated batches."""
+    with join_world("cpu") as world:
+        model, (images, labels) = make_net(4, 0.5, feedback=0.5, beta=0.1, nudged_sweeps=3), make_batch(batch=16)
+        torch.manual_seed(3)
+        task = EpTask(model, LocalErrors(model, 0.3))
+        if world.size > 1:
+            task.prepare_distributed()
+        mine = slice(world.rank, None, world.size)
+        shares = list(zip(images[mine].chunk(count), labels[mine].chunk(count), strict=True))
+        for batch, target in shares[:-1]:
+            with task.no_sync():
+                (task(batch, target)["loss"] / count).backward()
+        (task(*shares[-1])["loss"] / count).backward()
+        result = {name: p.grad for name, p in [*model.named_parameters(), *task.signals.named_parameters()]}
+        if path is not None and world.primary:
+            torch.save(result, path)
+        return result
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(count, tmp_path):
+    """Float64, to 1e-10, at a nudging strength far from its limit; accumulated batches too."""
+    assert codes(start(gradients, tmp_path / "grads.pt", count)) == [0, 0]
+    theirs, ours = torch.load(tmp_path / "grads.pt"), gradients()
+    assert theirs.keys() == ours.keys()
+    assert len(ours) > 15
+    for name, grad in ours.items():
+        assert grad.abs().max() > 0, name
+        assert_close(theirs[name], grad, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_processes_have_the_weights_of_one_after_twenty_steps_in_float64(tmp_path):
+    assert codes(start(weights, tmp_path / "weights.pt")) == [0, 0]
+    theirs, ours = torch.load(tmp_path / "weights.pt"), weights()
+    for name, weight in ours.items():
+        assert_close(theirs[name], weight, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def weights(path=None):
+    """Of a net after 20 steps on this process's share of 8 images."""
+    with join_world("cpu") as world:
+        model = make_net(4, 0.5, feedback=0.5, beta=0.1, nudged_sweeps=3)
+        task = EpTask(model)
+        if world.size > 1:
+            task.prepare_distributed()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+        for step in range(20):
+            images, labels = make_batch(batch=8, seed=step)
+            mine = slice(world.rank, None, world.size)
+            optimizer.zero_grad()
+            task(images[mine], labels[mine])["loss"].backward()
+            optimizer.step()
+        if path is not None and world.primary:
+            torch.save(model.state_dict(), path)
+        return model.state_dict()
+
+
+def test_ranks_share_out_the_batches_of_one_process():
+    whole, halves = EpochOrder(100, 16, 7), [EpochOrder(100, 8, 7, rank, 2) for rank in range(2)]
+    for order in (whole, *halves):
+        order.epoch, order.start = 3, 2
+    joined = [first + second for first, second in zip(*halves, strict=True)]
+    assert list(whole) == joined
+    assert len(joined) == 4
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_and_only_the_first_rank_talks(tmp_path):
+    """2 × 32 images against 1 × 64: 20 updates, the same weights within float32 rounding."""
+    options = {"train_images": 640, "epochs": 2, "augment": "crop", "local_error": 0.3, "opt": "sgd", "lr": 0.005}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timm_ep", "train"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *words, "--batch-size", "32", "--output", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [len(re.findall(text, done.stdout)) for text in ("epoch 1/2", "accuracy: ")] == [1, 1]
+    facts = Trainer(**options, batch_size=64, output=tmp_path / "one", quiet=True).run()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    torch.manual_seed(0)
+    start = timm.create_model("ep_vgg5_025", num_classes=10, in_chans=1).state_dict()
+    for name, weight in ours.items():
+        assert_close(theirs[name], weight, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        moved = (weight - start[name]).norm()
+        assert (theirs[name] - weight).norm() < 0.01 * moved, name  # which is not for want of learning
+        assert moved > 1e-4, name
+    assert f"accuracy: {facts.top1:.2f} %" in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    output = tmp_path_factory.mktemp("two")
+    assert codes(start(train, output, **TWO)) == [0, 0]
+    return output
+
+
+TWO = {"batch_size": 8, "epochs": 2}
+
+
+def assert_as_if_unbroken(output, unbroken):
+    assert_same(final_state(output), final_state(unbroken))
+    assert (output / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_are_killed_is_resumed_bit_for_bit(unbroken, tmp_path):
+    ranks = start(train, tmp_path, "in mid-epoch between checkpoints", **TWO)
+    ranks[0].join(120)
+    assert ranks[0].exitcode == -signal.SIGKILL
+    ranks[1].kill()
+    ranks[1].join(60)
+    assert codes(start(train, tmp_path, resume=True, **TWO)) == [0, 0]
+    assert_as_if_unbroken(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_any_process_stops_all_at_the_same_update(rank, unbroken, tmp_path):
+    ranks = start(train, tmp_path, checkpoint_interval=None, **TWO)
+    deadline = time.monotonic() + 60
+    while updates_seen(tmp_path) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(ranks[rank].pid, signal.SIGTERM)
+    assert codes(ranks) == [143, 143]
+    assert codes(start(train, tmp_path, resume=True, **TWO)) == [0, 0]
+    assert_as_if_unbroken(tmp_path, unbroken)
+
+
+def test_other_processes_are_refused_unless_an_update_has_the_same_images(unbroken, capsys):
+    options = {**TWO, "output": unbroken, "resume": True}
+    from test_resume import OPTIONS
+
+    with pytest.raises(ValueError, match="processes: 2 → 1"):
+        Trainer(**{**OPTIONS, **options}).run()
+    Trainer(**{**OPTIONS, **options, "batch_size": 16}).run()
+
+
+def test_an_absent_device_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="device=cuda is not available"):
+        Trainer(device="cuda").run()

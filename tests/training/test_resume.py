@@ -1,0 +1,286 @@
+"""Runs that are killed and resumed against one that was not: bit for bit the same."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from timm_ep.training import checkpoints, loop, trainer
+from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.trainer import Trainer
+
+# A server that has imported the package once and forks: a process costs milliseconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["timm_ep.training.trainer", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"]
+)
+
+# All whose state could be lost: dropout, augmentation, mixing, signals, averaged weights, accumulation, best epoch.
+OPTIONS = {
+    "model_args": {"architecture": [8, "M", 8, "M", 12, "M", 12, "M"], "drop_rate": 0.1},
+    "train_images": 200,
+    "val_split": 0.2,
+    "epochs": 3,
+    "batch_size": 16,
+    "grad_accum_steps": 2,
+    "local_error": 0.3,
+    "local_error_args": {"final": 0.5},
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+    "mixup": 0.2,
+    "cutmix": 0.5,
+    "smoothing": 0.1,
+    "augment": "flip-crop",
+    "aa": "rand-m5",
+    "reprob": 0.3,
+    "clip_grad": 0.05,
+    "clip_mode": "agc",
+    "residual_interval": 4,
+    "checkpoint_interval": "2",
+    "quiet": True,
+}
+UPDATES = 5  # of an epoch
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_call(owner, name, count, act=die):
+    """Let the call number `count` (from 1) of `owner.name` be preceded by `act`."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def patched(*args, **kwargs):
+        if next(calls) == count:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def half_written(count):
+    """The checkpoint number `count` is cut off in mid-write."""
+    original, calls = torch.save, itertools.count(1)
+
+    def patched(state, file):
+        if next(calls) == count:
+            original(state, file)
+            file.truncate(file.tell() // 2)
+            file.flush()
+            die()
+        original(state, file)
+
+    checkpoints.torch.save = patched
+
+
+# Where in the run SIGKILL strikes. The run's checkpoints: after updates 2, 4, 5 (epoch 1), 6, 8, 10, 12, 14, 15.
+KILLS = {
+    "before the first checkpoint": lambda: before_call(loop.TrainingLoop, "_update", 2),
+    "in mid-epoch after a checkpoint": lambda: before_call(loop.TrainingLoop, "_update", 9),
+    "in mid-epoch between checkpoints": lambda: before_call(loop.TrainingLoop, "_update", 8),
+    "in mid-update": lambda: before_call(loop.TrainingLoop, "_backward", 14),
+    "in the optimizer's step": lambda: before_call(torch.optim.AdamW, "step", 7),
+    "half a checkpoint written": lambda: half_written(3),
+    "a checkpoint written, not yet renamed": lambda: before_call(os, "replace", 6),
+    "a checkpoint renamed, the older still there": lambda: before_call(Path, "unlink", 9),
+    "the epoch trained, not yet validated": lambda: before_call(loop.TrainingLoop, "_end_epoch", 2),
+    "validated, not yet saved": lambda: before_call(loop.TrainingLoop, "_save", 6),
+    "trained, not yet tested": lambda: before_call(trainer.Trainer, "_finish", 1),
+    "tested, the model not yet saved": lambda: before_call(trainer, "save", 1),
+}
+
+
+def train(output, kill=None, **options):
+    """In a process of its own: train, noting what each update saw, and what the generators are at the end."""
+    torch.set_num_threads(1)
+    if kill:
+        KILLS[kill]()
+    original = loop.TrainingLoop._update
+
+    def noting(self, batches, stop):
+        seen = [[indices.tolist(), images.double().sum().item()] for images, _, indices in batches]
+        with (output / "seen.jsonl").open("a") as file:
+            file.write(json.dumps([self.progress.epoch, self.progress.update, seen]) + "\n")
+        return original(self, batches, stop)
+
+    loop.TrainingLoop._update = noting
+    Trainer(output=output, **{**OPTIONS, **options}).run()
+    generators = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    (output / "generators.json").write_text(json.dumps(generators))
+
+
+def in_process(*args, **kwargs):
+    """The exit code of `train`; minus the signal that ended it."""
+    process = processes.Process(target=train, args=args, kwargs=kwargs)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def final_state(output):
+    newest = CheckpointStore(output / "checkpoints").newest()
+    state = newest.state
+    progress = state["progress"]
+    for record in (progress, *progress["rows"]):  # wall-clock time is all that may differ
+        for name in ("seconds", "epoch_seconds", "images_per_second"):
+            record.pop(name, None)
+    state["options"] = {k: v for k, v in state["options"].items() if k not in ("output", "resume", "workers")}
+    return state
+
+
+def assert_same(ours, theirs, path=""):
+    assert type(ours) is type(theirs), path
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{path}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), path
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{path}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), path
+    else:
+        assert ours == theirs, path
+
+
+def seen(output):
+    """What each update saw, (epoch, update) → indices and sums of the augmented images; repeats must agree."""
+    result = {}
+    for line in (output / "seen.jsonl").read_text().splitlines():
+        epoch, update, batches = json.loads(line)
+        assert result.setdefault((epoch, update), batches) == batches
+    return result
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    assert in_process(output) == 0
+    return output
+
+
+def assert_as_if_unbroken(output, unbroken, trained=True):
+    assert_same(final_state(output), final_state(unbroken))
+    assert seen(output) == seen(unbroken)
+    # A start that had nothing left to train has had no use for the generators.
+    for name in ("config.json", "model.safetensors", *(["generators.json"] if trained else [])):
+        assert (output / name).read_bytes() == (unbroken / name).read_bytes(), name
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (output, unbroken))
+    assert (ours["top1"], ours["feedback_share"]) == (theirs["top1"], theirs["feedback_share"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_run_killed_and_resumed_is_bit_for_bit_the_run_never_killed(kill, unbroken, tmp_path):
+    """Weights and their average, signals, optimizer, schedule, generators, order, augmentation, metrics, result."""
+    assert in_process(tmp_path, kill) == -signal.SIGKILL
+    assert not (tmp_path / "results.json").exists()
+    assert in_process(tmp_path, resume=True) == 0
+    assert_as_if_unbroken(tmp_path, unbroken, trained="tested" not in kill)
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # what was half-written is gone
+
+
+@pytest.mark.slow
+def test_a_run_killed_from_outside_again_and_again_with_workers_is_the_same_too(unbroken, tmp_path):
+    """At moments that nobody chose; with worker processes, and without in between."""
+    moments, codes = random.Random(time.time_ns()), []
+    for workers in (2, 0, 1):
+        before = updates_seen(tmp_path)
+        process = processes.Process(target=train, args=(tmp_path,), kwargs={"resume": True, "workers": workers})
+        process.start()
+        deadline = time.monotonic() + 60
+        while updates_seen(tmp_path) < before + 2 and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.join(60)
+        codes.append(process.exitcode)
+    # Two of 15 updates in, the first is killed for certain; on a quick machine a later one may have reached the end.
+    assert codes[0] == -signal.SIGKILL
+    assert set(codes) <= {0, -signal.SIGKILL}
+    before = updates_seen(tmp_path)
+    assert in_process(tmp_path, resume=True) == 0
+    # On a quick machine the last kill can come after the last update.
+    assert_as_if_unbroken(tmp_path, unbroken, trained=updates_seen(tmp_path) > before)
+
+
+def updates_seen(output):
+    path = output / "seen.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint_and_its_code(number, code, unbroken, tmp_path):
+    process = processes.Process(target=train, args=(tmp_path,), kwargs={"checkpoint_interval": None})
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "seen.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    assert load_checkpoint(CheckpointStore(tmp_path / "checkpoints").steps()[0])["progress"]["update"] > 0
+    assert in_process(tmp_path, resume=True) == 0
+    assert_as_if_unbroken(tmp_path, unbroken)
+
+
+def options_of(tmp_path, **changes):
+    small = {"local_error": 0.0, "aa": None, "model_ema": False, "epochs": 1, "output": tmp_path}
+    return {**OPTIONS, **small, **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    Trainer(**options_of(output)).run()
+    return output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.1}, r"lr: 0\.002 → 0\.1"),
+        ({"mixup": 0.0, "seed": 5}, r"mixup: 0\.2 → 0\.0; seed: 0 → 5"),
+        ({"model_args": {"free_sweeps": 3}}, "model_args"),
+        ({"train_images": 190}, "train_images: 200 → 190"),
+        ({"batch_size": 8}, "batch_size: 16 → 8"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(changes, message, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        Trainer(**options_of(finished, **changes, resume=True)).run()
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
+    with pytest.raises(FileExistsError, match=r"holds a run already.*--resume.*--overwrite"):
+        Trainer(**options_of(finished)).run()
+    Trainer(**options_of(tmp_path)).run()
+    with pytest.raises(ValueError, match="num_classes=7"):
+        Trainer(**options_of(tmp_path, model_args={"num_classes": 7}, overwrite=True)).run()
+    assert (tmp_path / "results.json").exists()  # what cannot start discards nothing
+    Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
+    assert load_checkpoint(CheckpointStore(tmp_path / "checkpoints").steps()[0])["options"]["lr"] == 0.1
+    with pytest.raises(ValueError, match="choose one"):
+        Trainer(resume=True, overwrite=True)
+
+
+def test_a_finished_run_says_its_result_again_and_takes_more_epochs_with_a_warning(tmp_path, capsys):
+    facts = Trainer(**options_of(tmp_path, resume=True)).run()  # resume of nothing is a start
+    assert Trainer(**options_of(tmp_path, resume=True)).run().top1 == facts.top1
+    assert "warning" not in capsys.readouterr().err
+    more = Trainer(**options_of(tmp_path, resume=True, epochs=2)).run()
+    assert more.epochs == 2
+    assert "epochs: 1 → 2" in capsys.readouterr().err
+    assert len((tmp_path / "summary.csv").read_text().splitlines()) == 3

@@ -1,0 +1,181 @@
+"""End to end: train on digits, save, load through timm, test and classify again; the command line over the same."""
+
+import csv
+import json
+import math
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_ep.base.files import replacing
+from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.hub.cards import RunFacts
+from timm_ep.training.evaluate import Validate, evaluate, load_run
+from timm_ep.training.predict import Predict
+from timm_ep.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    facts = Trainer(epochs=2, train_images=640, model_args={"feedback": 0.03}, output=folder, quiet=True).run()
+    return folder, facts
+
+
+def test_a_run_learns_and_writes_what_timm_loads(run):
+    folder, facts = run
+    assert facts.top1 > 40  # chance is 10
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.feedback == 0.03
+    assert model.in_chans == 1
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[1]["test_accuracy"]) == facts.top1
+    assert 0 < float(rows[1]["residual"]) < 0.1
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "summary.csv",
+        "results.json",
+        "args.yaml",
+        "layers.csv",
+        "settling.csv",
+        "curves.png",
+        "checkpoints",
+    }
+    assert RunFacts.load(folder / "results.json") == facts
+    assert (facts.settings["feedback"], facts.n_train, facts.n_test) == (0.03, 640, 360)
+    assert 0 < facts.feedback_share < 0.5
+
+
+def test_validation_finds_the_same_accuracy_again(run, capsys):
+    folder, facts = run
+    assert Validate(folder).run().top1 == facts.top1
+    assert capsys.readouterr().out.startswith(f"accuracy: {facts.top1:.2f} % (ep_vgg5_025, ")
+
+
+def test_prediction_names_classes_of_files_and_folders(run, tmp_path, capsys):
+    folder, _ = run
+    data = open_data("digits")
+    for index in range(3):
+        data.test[index][0].save(tmp_path / f"{index}.png")
+    from_files = Predict(folder, tmp_path).run()
+    assert [len(answer) for answer in from_files] == [3, 3, 3]
+    for answer, in_a_batch in zip(from_files, Predict(folder, top=3).run(), strict=False):
+        assert [name for name, _ in answer] == [name for name, _ in in_a_batch]
+        assert [share for _, share in answer] == pytest.approx([share for _, share in in_a_batch], rel=1e-4)
+    for answer in from_files:
+        assert {name for name, _ in answer} <= set(data.classes)
+        assert 1 >= answer[0][1] >= answer[1][1] >= answer[2][1] > 0
+    (alone,) = Predict(folder, tmp_path / "1.png", top=1).run()
+    assert alone == [(from_files[1][0][0], pytest.approx(from_files[1][0][1], rel=1e-4))]
+    assert "test image 0 (a " in capsys.readouterr().out
+
+
+def test_prediction_refuses_what_is_no_image(run, tmp_path):
+    (tmp_path / "x.png").write_text("not an image")
+    with pytest.raises(ValueError, match="is not an image that Pillow can read"):
+        Predict(run[0], tmp_path).run()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Predict(run[0], tmp_path / "nowhere").run()
+    with pytest.raises(FileNotFoundError, match="does not exist; training writes it"):
+        load_run(tmp_path)
+
+
+def test_equal_seeds_give_equal_weights(tmp_path):
+    def weights(seed, name):
+        options = {"epochs": 1, "train_images": 128, "augment": "flip-crop", "quiet": True}
+        Trainer(seed=seed, output=tmp_path / name, **options).run()
+        return timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).state_dict()
+
+    first, again, other = weights(0, "a"), weights(0, "b"), weights(1, "c")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["layers.0.weight"], other["layers.0.weight"])
+
+
+def test_evaluation_counts_like_plain_python():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :7]
+
+    logits = torch.randn(25, 1, 7, 1)
+    labels = torch.randint(0, 7, (25,))
+    result = evaluate(Fixed(), create_loader(list(zip(logits, labels.tolist(), strict=True)), 4))
+    rows = [[value.item() for value in row.flatten()] for row in logits]
+    ranks = [sorted(row, reverse=True).index(row[label]) for row, label in zip(rows, labels.tolist(), strict=True)]
+    losses = [
+        math.log(sum(math.exp(v) for v in row)) - row[label] for row, label in zip(rows, labels.tolist(), strict=True)
+    ]
+    assert result.top1 == pytest.approx(100 * sum(rank == 0 for rank in ranks) / 25)
+    assert result.top5 == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 25)
+    assert result.loss == pytest.approx(sum(losses) / 25, rel=1e-5)
+    assert result.feedback_share is None
+
+
+def test_any_timm_model_trains_through_the_same_path(tmp_path):
+    facts = Trainer(model="test_resnet", epochs=1, train_images=128, output=tmp_path, quiet=True).run()
+    assert facts.settings == {}
+
+
+def test_a_diverging_run_stops_with_a_diagnosis(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf).*lr=1e\+30"):
+        Trainer(lr=1e30, opt="sgd", warmup_epochs=0, epochs=2, train_images=256, output=tmp_path, quiet=True).run()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"lr": -1.0}, "lr=-1"),
+        ({"train_images": 10}, "10 training images are less than a batch of 64"),
+        ({"model_args": {"feedback": -1}}, "feedback=-1"),
+    ],
+)
+def test_bad_options_are_named(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Trainer(**options, output=tmp_path).run()
+
+
+def test_results_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "results.json"
+    with replacing(path) as temporary:
+        temporary.write_text("first")
+
+    def write_half():
+        with replacing(path) as temporary:
+            temporary.write_text("half of the sec")
+            raise RuntimeError("in mid-write")
+
+    with pytest.raises(RuntimeError, match="in mid-write"):
+        write_half()
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seed": "zero"}, "seed is 'zero'"), ({"extra": 1}, r"unknown fields \['extra'\]"), (None, "not JSON")],
+)
+def test_damaged_facts_are_refused(run, tmp_path, change, message):
+    text = (run[0] / "results.json").read_text()
+    path = tmp_path / "results.json"
+    path.write_text(text[:50] if change is None else json.dumps({**json.loads(text), **change}))
+    with pytest.raises(ValueError, match=message):
+        RunFacts.load(path)
+
+
+def test_grey_images_are_predicted_whatever_their_mode(run, tmp_path):
+    Image.new("RGBA", (50, 70), (200, 10, 10, 128)).save(tmp_path / "x.png")
+    assert len(Predict(run[0], tmp_path / "x.png").run()) == 1
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_97_percent(tmp_path):
+    """The quickstart's own options."""
+    assert Trainer(epochs=15, batch_size=32, augment="crop", output=tmp_path, quiet=True).run().top1 >= 97

@@ -1,0 +1,1 @@
+"""What knows nothing of nets: writing files, figures, memory."""

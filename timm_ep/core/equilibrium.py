@@ -1,0 +1,219 @@
+"""EP as an autograd function: forward settles, backward nudges.
+
+The settled net returns all its states; autograd hands back g_l = ∂L/∂s_l at the free equilibrium for whatever loss was
+put on them, with no path between layers; the nudged phase and the contrast of the two phases turn these into
+
+    dL/dθ = lim_(β→0) (1/β) [∂E/∂θ(s^β) − ∂E/∂θ(s^0)]        (Scellier & Bengio 2017, theorem 1).
+
+With the exact difference of the two phases, in the coordinates of `timm_ep.core.nudged_phase`, and no rounding of a
+small nudge:
+
+    dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from timm_ep.core.energy import Coupling, Drive, Net
+from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
+from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
+from timm_ep.core.settings import Settings
+
+
+@torch.compiler.disable
+def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False) -> tuple[Tensor, ...]:
+    """The states s_1…s_N at the free equilibrium, differentiable as `settings.gradient` says.
+
+    Settles in one dtype: that of autocast where it is on, else that of the kernels. Autocast is off inside.
+
+    Args:
+        net: couplings, kernels and biases.
+        x: input, (B, in, H, W).
+        settings: see `Settings`.
+        recompute: for `bptt` and `backprop`, trade time for memory. EP keeps no graph and has nothing to trade.
+
+    Returns:
+        N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
+    """
+    net, x = prepared(net, x)
+    with no_autocast(x.device.type):
+        if settings.gradient == "ep":
+            # Asked here: inside, autograd is off.
+            learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *net.kernels, *net.biases))
+            return _Equilibrium.apply(settings, learns, net.couplings, x, *net.kernels, *net.biases)
+        if settings.gradient == "backprop":
+            return tuple(feedforward_pass(net, x, recompute).states)
+        return tuple(free_phase(net, x, settings, recompute=recompute).states)
+
+
+def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
+    """Net and input as they settle: in the dtype of autocast where it is on, else that of the kernels; in channels-last
+    format; and with the kernels of small maps written out as matrices."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
+    with no_autocast(device):
+        kernels, biases = (tuple(tensor.to(dtype) for tensor in tensors) for tensors in (net.kernels, net.biases))
+        net = Net(net.couplings, kernels, biases).written_out((x.shape[-2], x.shape[-1]))
+        # Settling repeats convolutions and their adjoints on the same maps: this is the faster format for both.
+        kernels = tuple(k if k.dim() == 2 else k.to(memory_format=torch.channels_last) for k in net.kernels)
+        return net._replace(kernels=kernels), x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def with_short_products(net: Net, settings: Settings) -> Net:
+    """The net with kernels in the dtype of `settings.products`, unless they are as short already."""
+    dtype = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.products]
+    if dtype is None or net.kernels[0].element_size() <= dtype.itemsize:
+        return net
+    return net._replace(half=tuple(kernel.to(dtype) for kernel in net.kernels))
+
+
+def no_autocast(device: str) -> AbstractContextManager[None]:
+    available = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+class _Equilibrium(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, learns: bool, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        depth = len(couplings)
+        net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
+        free = free_phase(net, x, settings, states_only=not learns)
+        # Only max pooling reads the drives of the free phase again, for their winners.
+        drives = [
+            (free.newest_drive(net, layer) if coupling.max_pool and learns else _NO_DRIVE)
+            for layer, coupling in enumerate(couplings)
+        ]
+        ctx.settings, ctx.couplings = settings, couplings
+        ctx.set_materialize_grads(False)
+        # The states follow from the pre-activations, and most of them nobody else keeps.
+        ctx.save_for_backward(x, *params, *free.preactivations, *chain.from_iterable(drives))
+        return tuple(free.states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        depth = len(ctx.couplings)
+        x, *saved = ctx.saved_tensors
+        kernels, biases, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(3))
+        triples = (saved[3 * depth + i :: 3] for i in range(3))
+        drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
+        net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
+        free = FreePhase(Clipped(preactivations), preactivations, drives, [None] * depth, [None] * depth)
+        with no_autocast(x.device.type):
+            return (None, None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[3:]))
+
+
+_NO_DRIVE: tuple[None, None, None] = (None, None, None)
+
+
+def normalised_forces(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """∂L/∂s_l of each sample over its largest magnitude, in channels-last format, and these magnitudes.
+
+    Each sample by its own, so that what is estimated of it does not depend on the samples beside it.
+
+    Returns:
+        the forces, and the magnitudes, (B, 1, 1, 1): 1 where all are 0.
+    """
+    largest = torch.stack([g.abs().amax((1, 2, 3), keepdim=True) for g in grads if g is not None]).amax(0)
+    scales = torch.where(largest == 0, torch.ones_like(largest), largest)
+    forces = [
+        None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
+    ]
+    return forces, scales
+
+
+def ep_gradient(
+    net: Net,
+    x: Tensor,
+    free: FreePhase,
+    grads: tuple[Tensor | None, ...],
+    settings: Settings,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of a loss on the states, from the free and the nudged phase.
+
+    Args:
+        net: couplings, kernels and biases.
+        x: input, (B, in, H, W).
+        free: the free equilibrium.
+        grads: ∂L/∂s_l at the free equilibrium, N tensors or None. Any scale: those of each sample are normalised by
+            their largest magnitude. So the result is linear in them, zero gives zero, and a sample's gradient does not
+            depend on the samples beside it: a batch gives the same in parts (ranks, accumulation) as in one.
+        settings: see `Settings`.
+        needed: whether the gradient is wanted for x, for each kernel, for each bias.
+
+    Returns:
+        dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
+    """
+    forces, scales = normalised_forces(grads)
+    scale = scales.amax()
+    weights = (scales / scale).to(x.dtype)
+    estimates = [
+        contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
+        for beta in nudging_strengths(settings)
+    ]
+    return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
+
+
+def averaged(estimates: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The mean over the nudged phases of each gradient; that of a single one as it is."""
+    return [
+        None if first is None else sum(others, first) / len(estimates) if others else first
+        for first, *others in zip(*estimates, strict=True)
+    ]
+
+
+def contrast(
+    net: Net,
+    x: Tensor,
+    free: FreePhase,
+    nudged: NudgedPhase,
+    settings: Settings,
+    beta: float,
+    needed: Sequence[bool],
+    weights: Tensor | float = 1.0,
+) -> list[Tensor | None]:
+    """(1/β) [∂E(s + δ) − ∂E(s)] for x, every kernel and every bias, the samples weighted by `weights`, (B, 1, 1, 1).
+
+    Local: that of W_l reads the two phases' states of the layers l−1 and l, that of b_l those of layer l, and no more.
+    """
+    depth = len(free.states)
+    scales = coordinate_scales(settings, beta, depth, x.dtype)
+    needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
+    # The energy has the products with a minus; here it costs nothing.
+    minus = -torch.as_tensor(weights, dtype=x.dtype, device=x.device)
+    x_grad = torch.zeros_like(x) if needs_x else None
+    kernel_grads: list[Tensor | None] = [None] * depth
+    bias_grads: list[Tensor | None] = [None] * depth
+    nudged_below = [x * minus]  # handed on from layer to layer, to be freed in time: it may be the largest map of all
+    for layer in range(depth):
+        delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
+        difference, total = routed_difference(layer, free, nudged, scales), None
+        if needs_bias[layer]:
+            summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * minus).sum((0, 2, 3))
+            bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else summed
+        if x_grad is not None and layer == 0 and difference is not None:
+            x_grad = net.feedback(0, difference, x) * minus
+        if needs_kernel[layer] and difference is not None:
+            total = net.kernel_contrast(layer, nudged_below[0], difference)
+        nudged_below.clear()
+        kept = free.kept_state(layer)  # else the state is computed when asked for, in a map of its own
+        state = free.states[layer].mul_(minus) if kept is None else kept * minus
+        if needs_kernel[layer]:
+            if below_delta is not None and settings.feedback:
+                drive = free.drives[layer]
+                change = net.kernel_contrast(layer, below_delta, drive.route(state) if drive else state)
+                total = change.mul_(settings.feedback) if total is None else total.add_(change, alpha=settings.feedback)
+            kernel_grads[layer] = torch.zeros_like(net.kernels[layer]) if total is None else total
+        # The nudged state, so that both terms make the whole difference.
+        nudged_below.append(state if delta is None else state.addcmul_(delta, minus, value=1 / scales[layer]))
+    return [x_grad, *kernel_grads, *bias_grads]

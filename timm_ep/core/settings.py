@@ -1,0 +1,129 @@
+"""The settings of a net: how it settles and how its gradient is taken; and the presets, sets of defaults."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+__all__ = ["PRESETS", "SETTING_NAMES", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a net settles and how its gradient is taken. Every field is a constructor argument and attribute of a model.
+
+    Attributes:
+        feedback: λ ≥ 0, the gain of the feedback. Weak feedback keeps deep nets well inside the range where they
+            settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
+        free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
+            account for feedback to first order in λ, and every further pair for one order more. Six give every layer of
+            the registered nets a gradient cosine of 0.99 to the exact one. Accuracy changes little from two on.
+        nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
+            layer to the first, two more (up, then down) add the first order in λ.
+        beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
+            estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
+            be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
+        tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
+            this in a sweep (in the order `sweep`: an upward one, after which both directions have been taken). The
+            worst layer's gradient then has a cosine to the exact one of about 1 − 15 tol², so that 0.02 gives 0.99
+            (the README's table). 0 runs all sweeps and never waits for the device.
+        nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `random-sign`: the same with the sign of β drawn for each batch from
+            torch's generator, so that the bias of order β cancels over batches. `centered`: (∂E(β) − ∂E(−β))/2β, twice
+            the cost and a bias of order β² (Laborieux et al. 2021).
+        forces: `frozen`: ∂L/∂s at the free equilibrium, for the whole nudged phase; all that `loss.backward()` can know
+            of a loss, and the same to first order in β. `live`: the literature's; ∂L/∂s at the current states in every
+            nudged step, a phase that goes on from wherever the free one ended (settled or not), and an absolute β: the
+            energy is E + β Σ L over the batch's samples. That needs the loss as a function: `EpVgg.live_loss`, which
+            `timm_ep.signals.task.EpTask` and the trainer take by themselves. `loss.backward()` on `model(x)` or
+            `model.equilibrium(x)` works with live forces too, but cannot recompute them: it takes them as frozen, and β
+            as relative. In float32, live forces need λ near 1: they integrate what the free phase left unsettled, of
+            which 1e-7 is rounding, against a nudge of β λ^(N−l).
+        update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
+            halves. `synchronous`: all at once, the literature's.
+        start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
+            `zero`: the literature's.
+        pool: `avg`: linear, so that every layer update is an exact minimisation of the energy, and cheaper (it is
+            folded into the kernel). `max`: the literature's.
+        products: `bfloat16` or `float16`: compute in that dtype all products but the feedforward pass: those that λ
+            multiplies, those with differences of states, and the contrast. States stay in the dtype of the kernels, and
+            so does nearly all of the accuracy, from the feedforward start; the products take a third to a half of the
+            time where the device has units for it. `full`: all in the dtype of the kernels. Autocast instead takes
+            states and all into the short dtype. For EP with frozen forces: `bptt` and `backprop` compute in full.
+        gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
+            the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value outside of these, or short products with live forces.
+    """
+
+    feedback: float = 0.02
+    free_sweeps: int = 6
+    nudged_sweeps: int = 1
+    beta: float = 1e-6
+    tol: float = 0.0
+    nudging: Literal["one-sided", "centered", "random-sign"] = "one-sided"
+    forces: Literal["frozen", "live"] = "frozen"
+    update: Literal["sweep", "odd-even", "synchronous"] = "sweep"
+    start: Literal["feedforward", "zero"] = "feedforward"
+    pool: Literal["avg", "max"] = "avg"
+    products: Literal["full", "bfloat16", "float16"] = "full"
+    gradient: Literal["ep", "bptt", "backprop"] = "ep"
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, choices = getattr(self, option.name), get_args(option.type)
+            if choices:
+                if value not in choices:
+                    raise ValueError(
+                        f"{option.name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}."
+                    )
+            elif not isinstance(value, int if isinstance(option.default, int) else (int, float)) or value is True:
+                raise TypeError(
+                    f"{option.name}={value!r} is a {type(value).__name__}; give a number like {option.default}."
+                )
+            elif not abs(value) < float("inf"):
+                raise ValueError(f"{option.name}={value!r} is not finite; give a number like {option.default}.")
+        for name, least in {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        if self.beta == 0:
+            raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
+        if self.forces == "live" and self.products != "full":
+            raise ValueError(
+                f"products={self.products!r} would drown live forces, which need every product to the last bit; use "
+                "products='full', or forces='frozen'."
+            )
+
+    @property
+    def live(self) -> bool:
+        """Whether the gradient is EP with live forces, which need the loss as a function of the states."""
+        return self.gradient == "ep" and self.forces == "live"
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "Settings":
+        """The settings of `PRESETS[name]`, with some changed.
+
+        Raises:
+            ValueError: an unknown preset, or a value outside its range.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **changes})
+
+
+SETTING_NAMES = tuple(option.name for option in fields(Settings))
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},  # the defaults
+    # What the literature runs on CIFAR-10 with a softmax read-out (Laborieux et al. 2021).
+    "classic": {
+        "feedback": 1.0,
+        "free_sweeps": 250,
+        "nudged_sweeps": 25,
+        "beta": 1.0,
+        "nudging": "centered",
+        "forces": "live",
+        "update": "synchronous",
+        "start": "zero",
+        "pool": "max",
+    },
+}

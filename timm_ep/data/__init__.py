@@ -1,0 +1,1 @@
+"""Images: where they are found, how they become tensors, in what order."""

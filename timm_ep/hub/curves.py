@@ -1,0 +1,85 @@
+"""What a run's log looks like: learning curves, and what each layer saw."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from timm_ep.base.figures import new_figure, save_figure
+from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+
+__all__ = ["Plot"]
+
+
+@dataclass
+class Plot:
+    """Draw runs side by side: how they learned, or what each of their layers saw.
+
+    Args:
+        runs: a run's folder, or a folder of such folders.
+        output: the picture; its suffix chooses the format (png, svg, pdf).
+        kind: `curves`: loss and accuracy over the epochs, with each run's test accuracy. `layers`: the nudge of every
+            layer (does it vanish with depth?) and the change of the states sweep by sweep (does the net settle?), in
+            the first epoch (dashed) and the last.
+    """
+
+    runs: Path
+    output: Path = Path("curves.png")
+    kind: Literal["curves", "layers"] = "curves"
+
+    def run(self) -> Path:
+        """Draw, and return the picture's path.
+
+        Raises:
+            FileNotFoundError: no finished run there, or none with layers.
+        """
+        wanted = RESULTS_NAME if self.kind == "curves" else "layers.csv"
+        folders = sorted(path.parent for path in self.runs.rglob(wanted))
+        if not folders:
+            raise FileNotFoundError(f"{self.runs} holds no finished run: no {wanted} in it or below.")
+        figure, (axes,) = new_figure(2)
+        (self._draw_curves if self.kind == "curves" else self._draw_layers)(folders, *axes)
+        save_figure(figure, self.output)
+        return self.output
+
+    def _draw_layers(self, folders: list[Path], left: Any, right: Any) -> None:
+        for number, folder in enumerate(folders):
+            layers, settling = _read(folder / "layers.csv"), _read(folder / "settling.csv")
+            for epoch, style in {layers[0]["epoch"]: "--", layers[-1]["epoch"]: "-"}.items():
+                rows = [row for row in layers if row["epoch"] == epoch]
+                nudges = [float(row["scaled_nudge"]) or math.nan for row in rows]
+                label = folder.name if epoch == layers[-1]["epoch"] else None
+                left.plot([int(row["layer"]) for row in rows], nudges, f".{style}", color=f"C{number}", label=label)
+                changes: dict[int, float] = {}
+                for row in settling:
+                    if row["epoch"] == epoch and row["phase"] == "free":
+                        sweep = int(row["sweep"])
+                        changes[sweep] = max(changes.get(sweep, 0.0), float(row["residual"]))
+                right.plot(list(changes), list(changes.values()), f".{style}", color=f"C{number}")
+        left.set(xlabel="layer", ylabel="nudge / (β λ^(N−l)), r.m.s.", yscale="log")
+        right.set(xlabel="free sweep", ylabel="largest ‖Δs_l‖/‖s_l‖", yscale="log")
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        left.legend(fontsize="x-small")
+
+    def _draw_curves(self, folders: list[Path], left: Any, right: Any) -> None:
+        for folder in folders:
+            facts = RunFacts.load(folder / RESULTS_NAME)
+            rows = _read(folder / "summary.csv")
+            epochs = [int(row["epoch"]) for row in rows]
+            style = "--" if facts.settings.get("gradient") == "backprop" else "-"
+            left.plot(epochs, [float(row["train_loss"]) for row in rows], style)
+            label = f"{folder.name}: test {facts.top1:.1f} %"
+            (line,) = right.plot(epochs, [float(row["train_accuracy"]) for row in rows], style, label=label)
+            if all(row.get("val_accuracy") for row in rows):
+                values = [float(row["val_accuracy"]) for row in rows]
+                right.plot(epochs, values, ":", color=line.get_color(), label=f"{folder.name}: validation")
+        left.set(xlabel="epoch", ylabel="training loss")
+        right.set(xlabel="epoch", ylabel="accuracy, %")
+        right.legend(fontsize="x-small")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

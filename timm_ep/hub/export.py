@@ -1,0 +1,175 @@
+"""Writing a model as timm reads it, and a repository's folder, as it appears on the Hub, from a run or a checkpoint.
+
+Weights and configuration are written by `timm.models.save_for_hf`, so that timm reads them:
+`timm.create_model("hf-hub:user/name", pretrained=True)`.
+"""
+
+import copy
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+
+from timm_ep.base.files import creating, replacing
+from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
+from timm_ep.hub.curves import Plot
+from timm_ep.hub.redaction import redacted
+from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
+from timm_ep.models import EpVgg
+
+__all__ = ["prepare", "save"]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Any,
+    classes: Sequence[str],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    model_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors into a folder that exists; those that are there are replaced.
+
+    Args:
+        folder: to write to.
+        model: any of timm's.
+        classes: names of its classes.
+        size: side of the images in pixels, as `timm_ep.data.transforms.image_transform` prepares them.
+        mean: per channel, with which they are normalised.
+        std: per channel.
+        model_args: with which the model was created, beyond what timm keeps with it.
+    """
+    # All settings as arguments: it is to be the same model after a default of the package changes.
+    settings = dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {}
+    seen = {
+        "input_size": (len(mean), size, size),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_for_hf(
+            model,
+            temporary,
+            model_config={
+                **seen,
+                "pretrained_cfg": {"tag": ""},  # it names weights that were released; these are others
+                "num_classes": len(classes),
+                "label_names": list(classes),
+            },
+            model_args={**settings, **(model_args or {}), "in_chans": len(mean)},
+            data_config=seen,
+            safe_serialization=True,
+        )
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            with replacing(Path(folder) / name) as file:
+                file.write_bytes((Path(temporary) / name).read_bytes())
+
+
+def prepare(
+    run: str | Path,
+    folder: str | Path,
+    repo_id: str,
+    twin: str | Path | None = None,
+    dataset_id: str | None = None,
+) -> str:
+    """Write a repository's folder: weights, configuration, card, and what is known of the training.
+
+    Args:
+        run: folder of a run, or a checkpoint beside its config.json (see `timm_ep.hub.repository.load_checkpoint`).
+        folder: to write to; it must not exist, or be empty.
+        repo_id: where it will be, `user/name`.
+        twin: folder of the same net's run by backprop, for comparison in the card.
+        dataset_id: of the data on the Hub, where the run does not know it.
+
+    Returns:
+        the architecture.
+
+    Raises:
+        FileNotFoundError: no run, no config.json, or no safetensors.
+        ValueError: weights or a configuration that do not pass the checks, or facts of another model.
+        FileExistsError: `folder` has something in it.
+    """
+    run = Path(run)
+    model: Any = load(run) if run.is_dir() else load_checkpoint(run)
+    home = run if run.is_dir() else run.parent
+    name, labels = repo_id.partition("/")[2], model.pretrained_cfg.get("label_names")
+    with creating(folder) as new:
+        save_for_hf(
+            model,
+            str(new),
+            model_config={
+                "pretrained_cfg": {"tag": name.partition(".")[2]},
+                **({"label_names": list(labels)} if labels else {}),
+            },
+            # All settings as arguments: it is to be the same model after a default of the package changes.
+            model_args=dataclasses.asdict(model.settings),
+            safe_serialization=True,
+        )
+        config = new / CONFIG_NAME
+        config.write_text(redacted(config.read_text(encoding="utf-8")), encoding="utf-8")
+        # Of other checkpoints than a run's own weights the run's facts may not be true.
+        if (run.is_dir() or run.name == WEIGHTS_NAME) and (home / RESULTS_NAME).exists():
+            _add_facts(new, home, model.pretrained_cfg["architecture"], dataset_id)
+            if twin:
+                _add_twin(new, Path(twin))
+            _add_curves(new, name, twin)
+        elif twin or dataset_id:
+            raise ValueError(
+                f"No facts of the training of {run} are recorded, to which a twin or dataset_id could add."
+            )
+        (new / CARD_NAME).write_text(folder_card(new, name, f"hf-hub:{repo_id}"), encoding="utf-8")
+    return str(model.pretrained_cfg["architecture"])
+
+
+def _add_facts(new: Path, home: Path, architecture: str, dataset_id: str | None) -> None:
+    facts = RunFacts.load(home / RESULTS_NAME)
+    if facts.architecture != architecture:
+        raise ValueError(f"{home / RESULTS_NAME} is of {facts.architecture!r}, the weights are of {architecture!r}.")
+    dataclasses.replace(facts, dataset_id=dataset_id or facts.dataset_id).save(new / RESULTS_NAME)
+    if (home / LOG_NAME).exists():
+        _copy_log(home, new)
+
+
+def _add_twin(new: Path, run: Path) -> None:
+    facts, twin = RunFacts.load(new / RESULTS_NAME), RunFacts.load(run / RESULTS_NAME)
+    if twin.settings.get("gradient") != "backprop" or (twin.architecture, twin.dataset) != (
+        facts.architecture,
+        facts.dataset,
+    ):
+        raise ValueError(
+            f"{run} is of {twin.architecture} on {twin.dataset} by {twin.settings.get('gradient')}; the twin is "
+            f"{facts.architecture} on {facts.dataset} by backprop (timm-ep train --gradient backprop)."
+        )
+    twin.save(new / TWIN_NAME)
+
+
+def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:
+    """The learning curves, with the twin's, under the names that the runs have from now on."""
+    if not (new / LOG_NAME).exists():
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = {name: new}
+        if twin and (Path(twin) / LOG_NAME).exists():
+            runs["backprop twin"] = Path(twin)
+        for title, run in runs.items():
+            folder = Path(temporary) / title
+            folder.mkdir()
+            RunFacts.load(run / RESULTS_NAME).save(folder / RESULTS_NAME)
+            _copy_log(run, folder)
+        try:
+            Plot(Path(temporary), new / CURVES_NAME).run()
+        except ModuleNotFoundError as error:
+            raise ValueError("The learning curves need matplotlib: pip install timm_ep[plots]") from error
+
+
+def _copy_log(source: Path, target: Path) -> None:
+    (target / LOG_NAME).write_text(redacted((source / LOG_NAME).read_text(encoding="utf-8")), encoding="utf-8")

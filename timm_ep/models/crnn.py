@@ -1,0 +1,403 @@
+"""Convolutional recurrent nets that settle: the parameters of their couplings, and the model that timm sees."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from timm_ep.core.energy import Coupling, Net, fold_average_pool
+from timm_ep.core.equilibrium import equilibrium
+from timm_ep.core.free_phase import free_phase
+from timm_ep.core.live import LossOfStates, live_loss
+from timm_ep.core.settings import SETTING_NAMES, Settings
+
+__all__ = ["EpConv2d", "EpVgg"]
+
+# A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
+# these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
+# every layer. Classic nets get PyTorch's default for convolutions, which has a variance of 1/(3 fan-in).
+_GAINS = {"fast": {False: 1.8, True: 3.0}, "classic": {False: 3**-0.5, True: 3**-0.5}}  # by whether the layer is pooled
+
+
+class EpConv2d(nn.Module):
+    """The parameters of one coupling: a 3×3 kernel under scaled weight standardisation, and a bias.
+
+    The kernel in use is gain · (W − mean) / (std · √fan-in) per output channel: a function of the parameters alone, so
+    EP stays exact, that keeps the size of a kernel, and with it the loop gain, from running away in training (Brock et
+    al., arXiv:2101.08692). Batch statistics would couple the samples and break the energy.
+
+    Args:
+        in_chs: channels of the state below.
+        out_chs: channels of the state above.
+        gain: initial gain.
+        center: take the mean away. Without, the kernel is gain · W / (rms · √fan-in), weight normalisation (Salimans &
+            Kingma, arXiv:1602.07868): it keeps its size likewise, and can be any kernel at all.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        gain: float,
+        center: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.initial_gain = gain
+        self.center = center
+        self.weight = nn.Parameter(torch.empty(out_chs, in_chs, 3, 3, device=device, dtype=dtype))
+        self.gain = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gaussian weights with the standard deviation of a standardised kernel; constant gains; zero biases."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.constant_(self.gain, self.initial_gain)
+        nn.init.zeros_(self.bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
+        fan_in = self.weight[0].numel()
+        # The floor is relative to the variance at the start, 1/fan_in, so that it means the same in every layer.
+        normalise = F.layer_norm if self.center else F.rms_norm
+        normalised = normalise(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
+        return normalised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
+
+
+def _setting(name: str) -> property:
+    def get(model: "EpVgg") -> Any:
+        return getattr(model.settings, name)
+
+    def set_(model: "EpVgg", value: Any) -> None:
+        model.settings = replace(model.settings, **{name: value})
+
+    return property(get, set_, doc=f"`{name}` of `timm_ep.core.settings.Settings`.")
+
+
+@register_notrace_module
+class EpVgg(nn.Module):
+    """A VGG whose layer states settle to the equilibrium of an energy, trained by Equilibrium Propagation.
+
+    `loss.backward()` runs EP for any loss on the logits, the features or the states; with `forces="live"`, as in the
+    classic preset, `live_loss` is what recomputes the forces, see `Settings`. Every field of `Settings` is an attribute
+    that can be changed at any time: `model.gradient = "bptt"`.
+
+    Args:
+        architecture: output channels of each convolution, "M" for pooling after it. The registered names set it; it can
+            be given to them as well, for a net of another shape.
+        num_classes: classes of the linear read-out; 0 for none.
+        in_chans: channels of the image.
+        global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
+        drop_rate: dropout before the read-out.
+        init_gain: factor on the initial gain of every kernel. Below 1 for nets with strong feedback, which settle only
+            while the loop gain, about λ‖W‖², is below 1.
+        learn_gain: whether the gains of the kernels learn. With fixed gains a net with strong feedback keeps the loop
+            gain it starts with; learned ones drive 13 convolutions at λ = 1 into saturation within 100 steps.
+        center_kernels: whether the mean is taken from every kernel. It is, so that the sum of the states below, which
+            varies much and says little, does not drive a layer; feedforward nets that were trained with it are
+            converted with False (`timm_ep.training.convert`).
+        preset: defaults of the settings and of the initial gains. `fast`, or `classic`: the literature's algorithm,
+            step by step (`timm_ep.core.settings.PRESETS`).
+        readout: `head`: the read-out is outside the dynamics, and only its loss nudges. `state`: the output is one more
+            state layer, in [0, 1], that settles and feeds back with the others, coupled linearly to the average of the
+            last convolution's state; `forward` returns it. It is made for the squared error (`SquaredError` in
+            `timm_ep.signals.losses`), whose force pulls it towards the one-hot label. Train it with a small learning
+            rate: an output that falls to 0 for all images is held there, out of reach of a small nudge.
+        device: of the parameters.
+        dtype: of the parameters.
+        **settings: fields of `timm_ep.core.settings.Settings`, with their reasons there; they override the preset.
+
+    Raises:
+        TypeError: an unknown argument.
+        ValueError: a setting outside its range, an unknown preset or read-out, or, for a read-out inside the dynamics,
+            dropout or a pooling other than `avg`: it is part of the energy.
+    """
+
+    def __init__(
+        self,
+        architecture: tuple[int | str, ...],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        init_gain: float = 1.0,
+        learn_gain: bool = True,
+        center_kernels: bool = True,
+        preset: str = "fast",
+        readout: Literal["head", "state"] = "head",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        unknown = settings.keys() - set(SETTING_NAMES)
+        if unknown:
+            raise TypeError(
+                f"EpVgg got unknown arguments {sorted(unknown)}; its settings are {', '.join(SETTING_NAMES)}."
+            )
+        self.settings = Settings.preset(preset, **settings)
+        if readout not in ("head", "state"):
+            raise ValueError(f"readout={readout!r} is unknown; choose 'head' or 'state'.")
+        self.readout = readout
+        self._check_readout(global_pool, drop_rate)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.center_kernels = center_kernels
+        self.grad_checkpointing = False
+
+        self.pooled: list[bool] = []  # per layer
+        self.feature_info: list[dict[str, Any]] = []
+        self._taps: list[int] = []  # layer of each feature: the last state at each resolution
+        layers: list[EpConv2d] = []
+        below, reduction = in_chans, 1
+        for item, following in zip(architecture, (*architecture[1:], None), strict=True):
+            if isinstance(item, str):
+                continue
+            pooled = following == "M"
+            gain = init_gain * _GAINS[preset][pooled]
+            layers.append(EpConv2d(below, item, gain, center_kernels, device=device, dtype=dtype))
+            layers[-1].gain.requires_grad_(learn_gain)
+            self.pooled.append(pooled)
+            below = item
+            if pooled:
+                reduction *= 2
+            tap = {"num_chs": item, "reduction": reduction, "module": f"layers.{len(layers) - 1}"}
+            if self.feature_info and self.feature_info[-1]["reduction"] == reduction:
+                self.feature_info[-1], self._taps[-1] = tap, len(layers) - 1
+            else:
+                self.feature_info.append(tap)
+                self._taps.append(len(layers) - 1)
+        self.layers = nn.ModuleList(layers)
+        self.num_features = self.head_hidden_size = below
+        # Last, because adaptive gradient clipping leaves out the last two parameters.
+        self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self._center_output()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """One group per layer, for layer-wise learning rates."""
+        return {"stem": r"^layers\.0", "blocks": r"^layers\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Settle again in the backward pass instead of storing it: for `bptt` and `backprop`. EP never stores it."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear read-out."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new read-out; `reset_classifier(0, "")` leaves 4-D features.
+
+        A read-out inside the dynamics goes with its feedback: without it, the states settle a little elsewhere.
+        """
+        self._check_readout(global_pool if num_classes and global_pool is not None else "avg", self.drop_rate)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self._center_output()
+        self.head_hidden_size = self.head.num_features
+
+    def _check_readout(self, global_pool: str, drop_rate: float) -> None:
+        if self.readout == "state" and (global_pool != "avg" or drop_rate):
+            raise ValueError(
+                f"readout='state' is part of the energy: it needs global_pool='avg' and drop_rate=0; got "
+                f"global_pool={global_pool!r} and drop_rate={drop_rate}."
+            )
+
+    def _center_output(self) -> None:
+        """Start an output state in the middle of its range: one held at 0 for all images would never learn."""
+        if self._output_settles:
+            nn.init.constant_(self.head.fc.bias, 0.5)
+
+    @property
+    def _output_settles(self) -> bool:
+        return self.readout == "state" and self.num_classes > 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything inside the dynamics does: where all of it is frozen, nothing has to be nudged."""
+        inside = self if self._output_settles else self.layers
+        return any(parameter.requires_grad for parameter in inside.parameters())
+
+    def net(self, size: tuple[int, int] | None = None) -> Net:
+        """The net as its energy sees it; differentiable with respect to the parameters.
+
+        Args:
+            size: height and width of the images; needed for `readout="state"`, whose kernel covers the whole of the
+                last convolution's state.
+        """
+        fold = self.settings.pool == "avg"
+        couplings, kernels, biases = [], [], []
+        for layer, pooled in zip(self.layers, self.pooled, strict=True):
+            kernel, bias = layer()
+            kernels.append(fold_average_pool(kernel) if pooled and fold else kernel)
+            biases.append(bias)
+            couplings.append(Coupling(stride=2 if pooled and fold else 1, max_pool=pooled and not fold))
+        if self._output_settles:
+            if size is None:
+                raise ValueError("The net of a model with readout='state' depends on the image size; give size=(H, W).")
+            height, width = (pixels >> sum(self.pooled) for pixels in size)
+            kernel = self.head.fc.weight[:, :, None, None] / (height * width)
+            kernels.append(kernel.expand(-1, -1, height, width))
+            biases.append(self.head.fc.bias)
+            couplings.append(Coupling(padding=0))
+        return Net(tuple(couplings), tuple(kernels), tuple(biases))
+
+    def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The states at the free equilibrium, differentiable by the method of `settings.gradient`.
+
+        Args:
+            x: images, (B, in_chans, H, W), floating point, finite.
+
+        Returns:
+            s_1…s_N: s_l is (B, out_l, H / r_l, W / r_l) in [0, 1], with r_l = 2^(poolings up to l), rounded down. With
+            `readout="state"` also the output, (B, num_classes, 1, 1).
+
+        Raises:
+            TypeError: `x` is not a floating-point tensor of the model's dtype (or of any, under autocast).
+            ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the
+                CPU only, as it would make another device wait) pixels that are not finite.
+        """
+        self._check(x)
+        return equilibrium(self._net_for(x), x, self.settings, recompute=self.grad_checkpointing)
+
+    def live_loss(
+        self, x: Tensor, loss: LossOfStates, parameters: Iterable[Tensor] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A loss whose `backward` is EP with forces recomputed in every nudged step and an absolute β.
+
+            loss, _ = model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))
+            loss.backward()
+
+        Args:
+            x: images, as for `equilibrium`.
+            loss: of the states s_1…s_N, a scalar, the mean over the batch. It is called in every nudged step.
+            parameters: of the loss, beside those of the model's read-out.
+
+        Returns:
+            The loss at the free equilibrium, and the free states, which carry no gradient.
+
+        Raises:
+            ValueError: `gradient` is not `ep`, the loss is no scalar, or depends on no state; images as for
+                `equilibrium`.
+        """
+        if self.settings.gradient != "ep":
+            raise ValueError(
+                f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
+                "model.equilibrium(x) instead."
+            )
+        self._check(x)
+        own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
+        unique = {id(parameter): parameter for parameter in (*own, *parameters)}
+        return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))
+
+    def _net_for(self, x: Tensor) -> Net:
+        return self.net((x.shape[-2], x.shape[-1]))
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
+        dtype = self.layers[0].weight.dtype
+        if x.dtype != dtype and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"The images have shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width). "
+                f"For other channels create the model with in_chans=…"
+            )
+        smallest = 2 ** sum(self.pooled)
+        if min(x.shape[-2:]) < smallest:
+            raise ValueError(
+                f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at "
+                f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
+            )
+        if len(x) == 0:
+            raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
+        if x.device.type == "cpu" and not torch.isfinite(x.detach().sum()):
+            # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
+            bad = int((~torch.isfinite(x)).sum())
+            if bad:
+                raise ValueError(f"{bad} of {x.numel()} pixels are NaN or infinite; check the images and mean and std.")
+
+    @torch.no_grad()
+    def free_residual(self, x: Tensor) -> list[float]:
+        """‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers: how well the net settles on these images."""
+        self._check(x)
+        changes: list[float] = []
+        net = self._net_for(x)
+        free_phase(net, x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
+        return changes
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The last state at each resolution, and the last state of all.
+
+        Args:
+            x: images, (B, in_chans, H, W).
+            indices: the last n if an int, all if None, else those listed.
+            norm: without effect: there is no final normalisation.
+            stop_early: without effect: the layers above feed back.
+            output_fmt: `NCHW`.
+            intermediates_only: leave out the last state.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: states are images; only 'NCHW' is supported.")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        states = self.equilibrium(x)
+        intermediates = [states[self._taps[index]] for index in take]
+        return intermediates if intermediates_only else (states[len(self.layers) - 1], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Prune what the chosen features do not need: the read-out. All that feeds back stays, whatever lies above."""
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        if prune_head and not self._output_settles:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last convolution's state, (B, num_features, H / r, W / r)."""
+        return self.equilibrium(x)[len(self.layers) - 1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) from the last convolution's state; the pooled state itself with `pre_logits`.
+
+        With `readout="state"` the value at which the output comes to rest above that state.
+        """
+        if pre_logits:
+            return self.head(x, pre_logits=True)
+        return self.head(x).clamp(0, 1) if self._output_settles else self.head(x)
+
+    def output(self, states: Sequence[Tensor]) -> Tensor:
+        """What `forward` returns, from the states of `equilibrium`."""
+        return states[-1].flatten(1) if self._output_settles else self.forward_head(states[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes); with `readout="state"` the output state, in [0, 1]."""
+        return self.output(self.equilibrium(x))
+
+
+for _name in SETTING_NAMES:
+    setattr(EpVgg, _name, _setting(_name))

@@ -1,0 +1,311 @@
+"""How well a net settles and how well EP follows BPTT, at init or trained."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
+from timm_ep.core.settings import SETTING_NAMES
+from timm_ep.data.datasets import create_loader, limit, open_data
+from timm_ep.data.transforms import run_transform
+from timm_ep.models import EpVgg
+from timm_ep.signals.losses import readout_criterion
+from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
+from timm_ep.training.evaluate import feedback_share, load_run
+
+# Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
+_CONVERGED_SWEEPS = 24
+_PLOTTED_STEPS = 30
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The EP gradient of one layer's kernel beside the exact one: cosine, and ratio of the norms EP/exact."""
+
+    layer: int
+    cosine: float
+    norm_ratio: float
+
+
+def gradient_check(
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    sweeps: int | None = None,
+) -> list[LayerCheck]:
+    """Compare the EP gradient, by the model's settings, with autograd through the converged settling.
+
+    Args:
+        model: any `ep_vgg*`; it is left as it is. With live forces, EP is `model.live_loss`.
+        images: (B, in_chans, H, W). The exact gradient stores `sweeps` times the states of these.
+        labels: (B,), or whatever the criterion takes.
+        criterion: loss of outputs and labels, a mean over the batch; by default that of the model's read-out.
+        sweeps: free sweeps of the exact gradient; by default the larger of the model's own and 24.
+
+    Returns:
+        one row a layer, from the first.
+    """
+    exact = exact_gradients(model, images, labels, criterion, sweeps)
+    return compared(weight_gradients(model, images, labels, criterion, gradient="ep"), exact)
+
+
+def exact_gradients(
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    sweeps: int | None = None,
+) -> list[Tensor]:
+    """The gradient of every layer's kernel by autograd through the converged settling; see `gradient_check`."""
+    sweeps = max(_CONVERGED_SWEEPS, model.settings.free_sweeps) if sweeps is None else sweeps
+    return weight_gradients(model, images, labels, criterion, gradient="bptt", free_sweeps=sweeps, tol=0.0)
+
+
+def weight_gradients(
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **settings: Any,
+) -> list[Tensor]:
+    """The gradient of every layer's kernel, flat and in float64, with some of the model's settings changed."""
+    criterion = criterion or readout_criterion(model)
+    twin = copy.deepcopy(model)
+    twin.settings = replace(model.settings, **settings)
+    twin.set_grad_checkpointing()
+    if twin.settings.live:
+        loss, _ = twin.live_loss(images, lambda states: criterion(twin.output(states), labels))
+    else:
+        loss = criterion(twin(images), labels)
+    weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
+    return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
+
+
+def compared(gradients: Sequence[Tensor], exact: Sequence[Tensor]) -> list[LayerCheck]:
+    """Gradients of all layers, from the first, beside the exact ones."""
+    return [
+        LayerCheck(layer, F.cosine_similarity(ep, true, 0).item(), (ep.norm() / true.norm()).item())
+        for layer, (ep, true) in enumerate(zip(gradients, exact, strict=True), 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the check found of one model.
+
+    Attributes:
+        model: name, or folder of a run.
+        settings: of the model, as checked.
+        residuals: ‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers.
+        feedback_share: ‖s* − s_ff‖ / ‖s*‖, the largest over the layers.
+        layers: EP beside BPTT.
+        steps: EP beside BPTT step by step, if asked for.
+        accuracy: a run's test accuracy in percent.
+        train_seconds: a run's training time.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    residuals: list[float]
+    feedback_share: float
+    layers: list[LayerCheck]
+    steps: StepChecks | None = None
+    accuracy: float | None = None
+    train_seconds: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """The lowest cosine of a layer."""
+        return min(row.cosine for row in self.layers)
+
+    @property
+    def residual(self) -> float:
+        """The relative change in the last free sweep; 0 without any."""
+        return self.residuals[-1] if self.residuals else 0.0
+
+
+@dataclass
+class Gradcheck:
+    """Print how a model settles and how its EP gradient compares with BPTT, layer by layer.
+
+    Args:
+        model: name of an `ep_vgg*`, at its default init, or the folder of a run.
+        dataset: as in training; test images are used.
+        data_dir: where the images are, if not embedded.
+        model_args: further arguments of a model at init.
+        batch_size: images.
+        img_size: side of the images in pixels; by default the model's. The exact gradient stores 24 sweeps: 16 images
+            of 224² take an `ep_vgg19` more than 20 GB.
+        seed: of the init, and of the signs of `nudging: random-sign`.
+        over: check once for each of the values `at`: a setting, such as `beta`, `free_sweeps`, `nudged_sweeps` or
+            `feedback`; or `model`, for nets of other depth or other runs (the option `model` then serves as the first).
+        at: the values of `over`, a list such as [0.1,0.01].
+        gdu: steps of the comparison step by step (`timm_ep.studies.gdu`); by default 30 for a plot without `over`, else
+            none.
+        plot: a picture to draw (png, svg, pdf): the updates step by step, or the cosines over the values.
+        json: print JSON and nothing else.
+    """
+
+    model: str
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    img_size: int | None = None
+    seed: int = 0
+    over: str | None = None
+    at: list[int | float | str] = field(default_factory=list)
+    gdu: int | None = None
+    plot: Path | None = None
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.over is not None and self.over not in ("model", *SETTING_NAMES):
+            raise ValueError(f"over={self.over!r} is unknown; choose model, {', '.join(SETTING_NAMES)}.")
+        if (self.over is None) != (not self.at):
+            raise ValueError(f"over={self.over} and at={self.at} belong together: --over beta --at [0.1,0.01].")
+        for name, unit in {"img_size": "pixel", "gdu": "step"}.items():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is too small; give at least 1 {unit}, or leave it out.")
+
+    def run(self) -> list[Report]:
+        """Print the tables and return what is in them: one report, or one for each value of `over`."""
+        if self.over == "model":
+            reports = [self._check(name, {}) for name in dict.fromkeys([self.model, *map(str, self.at)])]
+        else:
+            changes = [{self.over: value} for value in self.at] if self.over else [{}]
+            reports = [self._check(self.model, change) for change in changes]
+        if self.json:
+            print(json.dumps(_without_nan([asdict(report) for report in reports]), indent=2, allow_nan=False))
+        elif self.over is None:
+            _print_report(reports[0])
+        else:
+            _print_table(self.over, reports)
+        if self.plot is not None:
+            if self.over is not None:
+                draw_cosines(reports, self.over, self.plot)
+            elif (checks := reports[0].steps) is not None:
+                draw_steps(checks, reports[0].model, reports[0].settings, self.plot)
+        return reports
+
+    def _check(self, name: str, changes: dict[str, Any]) -> Report:
+        data = open_data(self.dataset, self.data_dir)
+        torch.manual_seed(self.seed)
+        facts = None
+        if Path(name).is_dir():
+            model, facts = load_run(name)
+        else:
+            shape = {"num_classes": len(data.classes), "in_chans": data.channels}
+            model = timm.create_model(name, **shape, **self.model_args)
+        if not isinstance(model, EpVgg):
+            raise ValueError(f"{name} is no ep_vgg*: it has no settling to check.")
+        model.settings = replace(model.settings, **changes)
+        data.test.transform = run_transform(model, self.img_size)
+        images, labels = next(iter(create_loader(limit(data.test, self.batch_size), self.batch_size)))
+        steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
+        return Report(
+            name,
+            asdict(model.settings),
+            model.free_residual(images),
+            feedback_share(model, images),
+            gradient_check(model, images, labels),
+            step_check(model, images, labels, steps=steps) if steps else None,
+            facts.top1 if facts else None,
+            facts.train_seconds if facts else None,
+        )
+
+
+def _print_report(report: Report) -> None:
+    residuals = [f"{residual:.4f}" for residual in report.residuals]
+    if len(residuals) > 12:
+        residuals[4:-4] = [f"… ({len(residuals) - 8} more) …"]
+    print(f"{report.model}: λ={report.settings['feedback']:g}, feedback share {report.feedback_share:.3f}")
+    print(f"relative change per free sweep: {' '.join(residuals)}")
+    for row in report.layers:
+        print(f"layer {row.layer:2d}: cosine {row.cosine:.4f}, norm ratio {row.norm_ratio:.4f}")
+    print(
+        f"worst layer: cosine {report.worst:.4f}, at a relative change of {report.residual:.1e} in the last free sweep"
+    )
+    if report.steps is not None:
+        _print_steps(report.steps)
+
+
+def _print_steps(checks: StepChecks) -> None:
+    """Per layer: the sum of the differences over that of BPTT's norms, and the step with the lowest cosine."""
+    print(f"step by step (relative change {checks.residual:.1e} per synchronous free step):")
+    for layer in sorted({row.layer for row in checks.rows}):
+        rows = [row for row in checks.rows if row.layer == layer and not math.isnan(row.cosine)]
+        if not rows:
+            print(f"layer {layer:2d}: not reached")
+            continue
+        worst = min(rows, key=lambda row: row.cosine)
+        error = sum(row.difference for row in rows) / sum(row.bptt_norm for row in rows)
+        print(f"layer {layer:2d}: difference {error:.1e}, lowest cosine {worst.cosine:.4f} (step {worst.step})")
+
+
+def _print_table(over: str, reports: list[Report]) -> None:
+    names = [_value(over, report) for report in reports]
+    width = max(len(name) for name in [over, *names])
+    trained = any(report.accuracy is not None for report in reports)
+    head = f"{over:{width}}  residual  share  worst cosine"
+    print(head + ("  accuracy  training" if trained else "") + "  cosine per layer")
+    for name, report in zip(names, reports, strict=True):
+        row = f"{name:{width}}  {report.residual:8.1e}  {report.feedback_share:5.3f}  {report.worst:12.4f}"
+        if trained:
+            known = report.accuracy is not None
+            row += f"  {report.accuracy:6.1f} %  {report.train_seconds:6.0f} s" if known else " " * 20
+        print(f"{row}  {' '.join(f'{layer.cosine:.3f}' for layer in report.layers)}")
+
+
+def _value(over: str, report: Report) -> str:
+    return report.model if over == "model" else f"{report.settings[over]}"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a figure that does not exist is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def draw_cosines(reports: Sequence[Report], over: str, output: Path) -> None:
+    """The cosine of EP and BPTT per layer: over the values of a setting, or over the layers of several models.
+
+    Args:
+        reports: one for each value, or each model.
+        over: the setting's name, or `model`.
+        output: the picture; its suffix chooses the format.
+    """
+    figure, ((axis,),) = new_figure(1)
+    if over == "model":
+        for report in reports:
+            label = f"{Path(report.model).name}, relative change per sweep {report.residual:.0e}"
+            axis.plot([row.layer for row in report.layers], [row.cosine for row in report.layers], ".-", label=label)
+        axis.set(xlabel="layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", fontsize="small")
+    else:
+        depth = len(reports[0].layers)
+        values = [report.settings[over] for report in reports]
+        for layer in range(depth):
+            cosines = [report.layers[layer].cosine for report in reports]
+            axis.plot(values, cosines, ".-", color=layer_color(layer + 1, depth), lw=1)
+        if all(isinstance(value, float | int) and value > 0 for value in values):
+            axis.set(xscale="log")
+        axis.set(xlabel=over, title=reports[0].model)
+        add_layer_bar(figure, axis, depth)
+    axis.set(ylabel="cosine of EP and BPTT")
+    save_figure(figure, output)

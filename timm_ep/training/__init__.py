@@ -1,0 +1,1 @@
+"""From options to a trained model, and what is done with one."""

@@ -1,0 +1,342 @@
+"""From options to a training loop: images, model, signals and teacher, optimizer and schedule."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import freeze
+from torch import nn
+from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, Subset
+
+from timm_ep.data.datasets import DataSource, create_loader, labels_of, limit, open_data, split_off
+from timm_ep.data.loader import EpochOrder, Samples, training_loader
+from timm_ep.data.transforms import augmentation, channel_values, image_transform
+from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, tensor_shapes, verify, verify_weights
+from timm_ep.models import EpVgg
+from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
+from timm_ep.signals.local_errors import LocalErrors
+from timm_ep.signals.losses import readout_criterion
+from timm_ep.signals.task import EpTask
+from timm_ep.signals.teachers import Teacher, TeacherCache, create_teacher
+from timm_ep.training.checkpoints import CheckpointStore
+from timm_ep.training.distributed import World
+from timm_ep.training.logs import RunLog
+from timm_ep.training.loop import Progress, TrainingLoop
+from timm_ep.training.options import TrainingOptions
+
+__all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "plain_loader"]
+
+_TEST_BATCH = 256
+
+
+class RunImages(NamedTuple):
+    """The images of a run, as PIL images, and how the model wants them."""
+
+    source: DataSource
+    train: Any
+    validation: Any
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_images(options: TrainingOptions) -> tuple[RunImages, nn.Module]:
+    """The images and the model for them, checked against each other.
+
+    Raises:
+        ValueError: they do not fit, or there are fewer images than one update takes.
+    """
+    source = open_data(options.dataset, options.data_dir)
+    train, validation = limit(source.train, options.train_images), None
+    if options.val_split:
+        train, validation = split_off(train, options.val_split)
+    update = options.batch_size * options.grad_accum_steps
+    if len(train) < update:
+        raise ValueError(
+            f"{len(train)} training images are less than a batch of {update}; lower batch_size"
+            + (" or grad_accum_steps." if options.grad_accum_steps > 1 else ".")
+        )
+    model = create_model(options, source)
+    freeze_modules(model, options.freeze_layers)
+    config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
+    mean, std = (channel_values(config[k], source.channels) for k in ("mean", "std"))
+    images = RunImages(source, train, validation, options.img_size or config["input_size"][-1], mean, std)
+    _check_model(options, model, images)
+    return images, model
+
+
+def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
+    """The model for these images: their classes and channels are not the user's to choose."""
+    given = {"num_classes": len(source.classes), "in_chans": source.channels}
+    for name, value in given.items():
+        if options.model_args.get(name, value) != value:
+            raise ValueError(
+                f"model_args has {name}={options.model_args[name]}, but the images of {options.dataset} have {value}: "
+                "leave it out, it follows from the images."
+            )
+    start = _start(options)
+    model = timm.create_model(**start, **{**options.model_args, **given})
+    architecture = model.pretrained_cfg["architecture"]
+    if options.initial_checkpoint is not None and architecture != _architecture(options):
+        raise ValueError(
+            f"{options.initial_checkpoint} holds the weights of {architecture}, not of {options.model}; give --model "
+            f"{architecture}."
+        )
+    if isinstance(model, EpVgg):
+        model.gradient = options.model_args.get("gradient", options.gradient)
+    elif options.gradient != "ep":
+        raise ValueError(
+            f"gradient={options.gradient} chooses between the gradients of an ep_vgg*; {options.model} has one."
+        )
+    return model
+
+
+def _start(options: TrainingOptions) -> dict[str, Any]:
+    """The name and the weights that timm is to create the model from; weights on disk are checked before."""
+    path = options.initial_checkpoint
+    if path is None:
+        return {"model_name": options.model, "pretrained": options.pretrained}
+    if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).exists():
+        path = path.parent
+    architecture = _architecture(options)
+    if path.is_dir():
+        # timm itself compares the tensors of other models; it must not come to reading a pickle.
+        _ = verify(path) if architecture.startswith("ep_vgg") else tensor_shapes(path / WEIGHTS_NAME)
+        return {"model_name": f"local-dir:{path}", "pretrained": True}
+    if not architecture.startswith("ep_vgg"):
+        raise ValueError(f"initial_checkpoint={path}: for {architecture} give a folder with {CONFIG_NAME}, not a file.")
+    # A file alone does not say for how many classes and channels it is; its tensors do.
+    shapes = tensor_shapes(path)
+    cfg = timm.get_pretrained_cfg(architecture)
+    classes, _ = shapes.get(f"{cfg.classifier}.weight", (0, 0))
+    channels = shapes.get(f"{cfg.first_conv}.weight", (0, 3))[1]
+    args = {**options.model_args, "num_classes": classes, "in_chans": channels}
+    verify_weights(path, timm.create_model(architecture, device="meta", **args))
+    overlay = {"file": str(path), "num_classes": classes, "input_size": (channels, *cfg.input_size[1:])}
+    return {"model_name": architecture, "pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _architecture(options: TrainingOptions) -> str:
+    """The name of the model without the tag of trained weights."""
+    return options.model.partition(".")[0]
+
+
+def freeze_modules(model: nn.Module, names: list[str]) -> None:
+    """Keep the modules of these names from learning.
+
+    Raises:
+        ValueError: a name of no module, or nothing that is left to learn.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if not name or name not in known:
+            raise ValueError(
+                f"freeze_layers: {name!r} is no module of the model; those that are: "
+                f"{', '.join(known)!s:.300}, … (see model.named_modules())."
+            )
+    if names:
+        freeze(model, names)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze_layers={names} leaves nothing of the model to learn.")
+
+
+def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) -> None:
+    """One image through the model: better now than after the teacher, the cache and the first batch."""
+    source, labels = images.source, labels_of(images.train)
+    if labels and not 0 <= min(labels) <= max(labels) < len(source.classes):
+        raise ValueError(
+            f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
+        )
+    image = image_transform(images.size, images.mean, images.std)(images.train[0][0])
+    with torch.no_grad():
+        logits = model.eval()(image[None])
+    if logits.shape != (1, len(source.classes)):
+        raise ValueError(
+            f"{options.model} gives {tuple(logits.shape)} for an image of {source.channels} channels and "
+            f"{images.size}×{images.size} pixels; expected (1, {len(source.classes)}), one logit a class."
+        )
+
+
+def create_loop(
+    options: TrainingOptions,
+    world: World,
+    store: CheckpointStore,
+    images: RunImages,
+    model: nn.Module,
+    identity: dict[str, Any],
+    state: dict[str, Any],
+) -> TrainingLoop:
+    """The loop over all that the options ask for.
+
+    Args:
+        options: of the training.
+        world: the processes.
+        store: of checkpoints.
+        images: for training and validation.
+        model: on the device.
+        identity: of the run besides its options, for checkpoints.
+        state: to go on from; empty to start.
+    """
+    transform = augmentation(
+        images.size,
+        images.mean,
+        images.std,
+        options.augment,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.aa,
+        re_prob=options.reprob,
+    )
+    samples = Samples(images.train, transform, options.seed)
+    order = EpochOrder(len(samples), options.batch_size, options.seed, world.rank, world.size, options.grad_accum_steps)
+    if not order.updates:
+        raise ValueError(
+            f"{len(samples)} training images are less than one update of {world.size} processes; lower batch_size."
+        )
+    task = _create_task(options, model, images, world)
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(),
+        opt=options.opt,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        **options.opt_kwargs,
+    )
+    if options.model_ema:
+        task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
+    cache = None
+    if options.cache_teacher and task.teacher is not None:
+        cache = _fill_cache(options, task.teacher, images, world)
+    if options.torchcompile:
+        task.compile(backend=options.torchcompile)
+    if world.size > 1:
+        device_ids = None if world.device.type == "cpu" else [world.device.index]
+        # A signal may be off for a while, and its parameters without a gradient.
+        task.prepare_distributed(device_ids=device_ids, find_unused_parameters=len(task.signals) > 0)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        **{
+            "sched": options.sched,
+            "num_epochs": options.epochs - options.warmup,
+            "warmup_epochs": options.warmup,
+            "warmup_lr": options.lr / 100,
+            "warmup_prefix": True,
+            "step_on_epochs": False,
+            "updates_per_epoch": order.updates,
+            **options.sched_kwargs,
+        },
+    )
+    if scheduler is None:  # in timm it is the schedule that applies the scale of layer_decay
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    progress = Progress.of(state["progress"]) if state else Progress()
+    loop = TrainingLoop(
+        options=options,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=training_loader(samples, order, options.workers, pin=world.device.type == "cuda"),
+        order=order,
+        validation=None if images.validation is None else plain_loader(options, images.validation, images, world),
+        world=world,
+        store=store,
+        log=RunLog(
+            options.output,
+            options.epochs,
+            order.updates,
+            options.quiet,
+            options.log_tensorboard,
+            world.primary,
+            done=progress.epoch * order.updates + progress.update,
+        ),
+        mixup=_create_mixup(options, len(images.source.classes)) if options.mixes else None,
+        cache=cache,
+        identity=identity,
+        probe=_probe(options, images),
+    )
+    if state:
+        loop.restore(state)
+        loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
+    return loop
+
+
+def _create_mixup(options: TrainingOptions, classes: int) -> Mixup:
+    return Mixup(
+        options.mixup,
+        options.cutmix,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=classes,
+    )
+
+
+def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, world: World) -> EpTask:
+    teacher = local_errors = features = logits = None
+    if options.local_error:
+        local_errors = LocalErrors(model, options.local_error, **options.local_error_args)
+    if options.teacher is not None:
+        classes = images.source.classes if options.distill_logits else None
+        teacher = create_teacher(options.teacher, images.mean, images.std, options.teacher_checkpoint, classes)
+        teacher = teacher.to(world.device)
+        if options.distill_features:
+            features = FeatureDistillation(model, teacher, options.distill_features, **options.distill_features_args)
+        if options.distill_logits:
+            logits = LogitDistillation(model, options.distill_logits, **options.distill_logits_args)
+    task = EpTask(
+        model,
+        local_errors,
+        features,
+        logits,
+        teacher,
+        criterion=readout_criterion(model, options.criterion, smoothing=options.smoothing, soft_targets=options.mixes),
+        device=world.device,
+    )
+    return task.to(world.device)
+
+
+def _fill_cache(options: TrainingOptions, teacher: Teacher, images: RunImages, world: World) -> TeacherCache:
+    """Ask the teacher of every image, in their order: what it says then does not depend on where a run began."""
+    cache, first = TeacherCache(teacher, len(images.train)), 0
+    for batch, _ in plain_loader(options, images.train, images):
+        cache(batch.to(world.device), torch.arange(first, first + len(batch)))
+        first += len(batch)
+    return cache
+
+
+def _probe(options: TrainingOptions, images: RunImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first training images, as many as a batch, with targets as the criterion takes them."""
+    few = Subset(images.train, range(min(options.batch_size, len(images.train))))
+    pictures, labels = next(iter(plain_loader(options, few, images)))
+    return pictures, one_hot(labels, len(images.source.classes)).float() if options.mixes else labels
+
+
+def plain_loader(
+    options: TrainingOptions, dataset: Any, images: RunImages, world: World | None = None
+) -> DataLoader[Any]:
+    """Images without augmentation, in order; with `world` those of this process."""
+    if world is not None and world.size > 1:
+        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
+    samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
+    return create_loader(samples, _TEST_BATCH, options.workers)
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """A dataset's (PIL image, label) with the image as a tensor."""
+
+    dataset: Any
+    transform: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.dataset[index]
+        return self.transform(image), label

@@ -1,0 +1,140 @@
+"""Checkpoints of a training: what is written, how none is ever half-written, and which one a run goes on from.
+
+timm's `CheckpointSaver` keeps the best and the last as well, but it does not sync what it writes before it renames it,
+removes older files before the new one is safe, and its files need unpickling of arbitrary objects (`args`). Ours hold
+tensors, numbers and strings alone, and load by `torch.load(weights_only=True)`.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from timm_ep.base.files import replacing
+
+__all__ = ["CheckpointStore", "UnusableCheckpoint", "load_checkpoint"]
+
+FORMAT = "timm_ep training checkpoint 1"
+
+
+class UnusableCheckpoint(ValueError):
+    """A file that is no whole checkpoint of this package."""
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `CheckpointStore.save` wrote to `path`, on the CPU; every byte is checked, and nothing is unpickled.
+
+    Raises:
+        UnusableCheckpoint: cut off, damaged, or written by something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UnusableCheckpoint(f"{path} is damaged: the checksum of {damaged} does not match.")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise UnusableCheckpoint(f"{path} is cut off, or no checkpoint at all: {error}.") from error
+    except UnusableCheckpoint:
+        raise
+    except Exception as error:
+        raise UnusableCheckpoint(f"{path} cannot be loaded as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UnusableCheckpoint(
+            f"{path} was not written by the trainer of this version; expected a {FORMAT!r}. To start from the weights "
+            "of another training, give its folder as --initial-checkpoint."
+        )
+    return state
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The folder of a run's checkpoints: `step-N.pt` after N updates, and `best.pt`.
+
+    Attributes:
+        folder: is created when the first is saved.
+        keep: newest to keep, at least 2: the one before the newest is never removed, in case that one is damaged.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    @property
+    def best(self) -> Path:
+        """The one with the best validation accuracy."""
+        return self.folder / "best.pt"
+
+    def steps(self) -> list[Path]:
+        """Those by step, newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
+        """Write, sync and rename; only then remove what is older than the `keep` newest.
+
+        Args:
+            state: tensors, numbers, strings, and lists and dicts of them.
+            step: updates done.
+            best: write it as `best.pt` too.
+
+        Raises:
+            OSError: not written, for example for want of space; what was there before is intact.
+        """
+        path = self.folder / f"step-{step:09d}.pt"
+        for target in (self.best, path) if best else (path,):
+            self._write({"format": FORMAT, **state}, target)
+        for old in [other for other in self.steps() if other != path][self.keep - 1 :]:
+            old.unlink()
+        return path
+
+    def _write(self, state: dict[str, Any], path: Path) -> None:
+        try:
+            # Through a file of Python's, whose error names the cause; torch's own writer only says that it failed.
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:
+            intact = next((f"{other} is intact" for other in self.steps()), "no earlier one was there")
+            raise OSError(
+                f"The checkpoint {path} could not be written ({_cause(error)}); {intact}. Make room, and go on with "
+                "--resume."
+            ) from error
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written."""
+        for left in self.folder.glob(".*-*.pt"):
+            left.unlink()
+
+    def newest(self) -> "Newest":
+        """The newest that is good.
+
+        Raises:
+            UnusableCheckpoint: there are some, and none is good.
+        """
+        refused: list[str] = []
+        for path in self.steps():
+            try:
+                return Newest(path, load_checkpoint(path), refused)
+            except UnusableCheckpoint as error:
+                refused.append(str(error))
+        if refused:
+            raise UnusableCheckpoint(
+                f"{' '.join(refused)} There is no good one before. Start anew with --overwrite, or in another --output "
+                f"than {self.folder.parent}."
+            )
+        return Newest(None, {}, [])
+
+
+class Newest(NamedTuple):
+    """The newest good checkpoint and what it holds (None: there is none), and why newer ones were refused."""
+
+    path: Path | None
+    state: dict[str, Any]
+    refused: list[str]
+
+
+def _cause(error: Exception) -> str:
+    """The first cause: torch wraps the error of the system, and says little itself."""
+    while isinstance(error.__cause__ or error.__context__, Exception):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error)

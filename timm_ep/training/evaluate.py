@@ -1,0 +1,137 @@
+"""How well a model classifies: on test data while it trains, and again once it is saved."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_ep.base.files import replacing
+from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.transforms import run_transform
+from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.hub.repository import load
+from timm_ep.models import EpVgg
+from timm_ep.signals.losses import readout_criterion
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss (cross-entropy in nats; squared error of a read-out inside the dynamics), accuracies in percent (top5
+    None with five classes or fewer), feedback share."""
+
+    loss: float
+    top1: float
+    top5: float | None
+    feedback_share: float | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device = "cpu",
+    total: Callable[[Sequence[float]], list[float]] = list,
+) -> Evaluation:
+    """Test a model in eval mode, as it is (its mode is restored).
+
+    Args:
+        model: any classifier.
+        loader: yields images and labels.
+        device: of the model.
+        total: sums counts over the processes among which the images are shared out, see `World.sum`.
+    """
+    was_training = model.training
+    model.eval()
+    criterion, loss, hits, hits5, seen, share, classes = readout_criterion(model), 0.0, 0, 0, 0, None, 0
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if not seen and isinstance(model, EpVgg) and model.gradient != "backprop":
+            share = feedback_share(model, images[:64])
+        logits = model(images).float()
+        classes = logits.shape[1]
+        ranked = logits.topk(min(5, classes)).indices == labels[:, None]
+        loss += criterion(logits, labels).item() * len(labels)
+        hits += int(ranked[:, 0].sum())
+        hits5 += int(ranked.any(1).sum())
+        seen += len(labels)
+    model.train(was_training)
+    loss, correct, correct5, count = total([loss, hits, hits5, seen])
+    return Evaluation(loss / count, 100 * correct / count, 100 * correct5 / count if classes > 5 else None, share)
+
+
+def feedback_share(model: EpVgg, images: Tensor) -> float:
+    """‖s* − s_ff‖ / ‖s*‖, the largest over the layers: how far feedback moves the states from the feedforward pass."""
+    twin = copy.deepcopy(model)
+    twin.settings = replace(model.settings, gradient="backprop")
+    with torch.no_grad():
+        pairs = zip(model.equilibrium(images), twin.equilibrium(images), strict=True)
+        return max(float((settled - plain).norm() / settled.norm()) for settled, plain in pairs)
+
+
+def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts]:
+    """The model that training saved in the folder `run`, in eval mode, and the facts of the run.
+
+    Raises:
+        FileNotFoundError: not the folder of a finished run.
+        ValueError: a folder that does not pass the checks of `timm_ep.hub.repository`.
+    """
+    facts = RunFacts.load(Path(run) / RESULTS_NAME)
+    return load(run, facts.architecture).to(device), facts
+
+
+def accuracy_line(top1: float, facts: RunFacts) -> str:
+    """What training and `timm-ep validate` print last: the test accuracy, in percent, of the run with these facts."""
+    return f"accuracy: {top1:.2f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)"
+
+
+@dataclass
+class Validate:
+    """Test a saved run again on its test images.
+
+    Args:
+        run_folder: folder that `timm-ep train` wrote.
+        data_dir: where the images are, if not embedded.
+        dataset: other images to test on, named as in training; by default those of the run.
+        batch_size: images at a time.
+        device: `cpu`, `cuda`, …
+        workers: processes that load images.
+        output: also write the figures to this file, as JSON.
+    """
+
+    run_folder: Path
+    data_dir: Path | None = None
+    dataset: str | None = None
+    batch_size: int = 256
+    device: str = "cpu"
+    workers: int = 0
+    output: Path | None = None
+
+    def run(self) -> Evaluation:
+        """Print and return the accuracy.
+
+        Raises:
+            ValueError: images of other classes than the model's.
+        """
+        model, facts = load_run(self.run_folder, self.device)
+        data = open_data(self.dataset or facts.dataset, self.data_dir)
+        if list(data.classes) != (names := label_names(model)):
+            raise ValueError(f"{self.run_folder} knows the classes {names[:10]}; the images have {data.classes[:10]}.")
+        data.test.transform = run_transform(model)
+        result = evaluate(model, create_loader(data.test, self.batch_size, self.workers), self.device)
+        if self.output is not None:
+            with replacing(self.output) as temporary:
+                values = {"architecture": facts.architecture, "n_test": len(data.test), **asdict(result)}
+                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        print(accuracy_line(result.top1, facts))
+        return result
+
+
+def label_names(model: Any) -> list[str]:
+    """The names of a model's classes; their numbers where it has none."""
+    names = model.pretrained_cfg.get("label_names")
+    return list(names) if names else [str(index) for index in range(model.num_classes)]

@@ -1,0 +1,313 @@
+"""The options of a training: declared here once, for the command line, YAML and Python; named as in timm's train.py."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from timm_ep.base.files import replacing
+
+__all__ = ["TrainingOptions"]
+
+# What may differ when a run goes on: where things are and how they are shown, but not what is computed.
+_FREE = {
+    "output",
+    "data_dir",
+    "device",
+    "workers",
+    "resume",
+    "overwrite",
+    "checkpoint_interval",
+    "skip_limit",
+    "log_tensorboard",
+    "quiet",
+}
+
+
+@dataclass
+class TrainingOptions:
+    """All that a training can be told.
+
+    Args:
+        model: name in timm's registry; an `ep_vgg*`, or any other, trained by its own backward pass. `hf-hub:…` and
+            `local-dir:FOLDER` (with `pretrained`) start from the weights there.
+        pretrained: start from the trained weights that the name stands for. The read-out is new where the number of
+            classes differs, and the first convolution is fitted to the images' channels; mean and std stay those of
+            the weights.
+        initial_checkpoint: start from these weights instead, likewise: the folder of a run (or of `timm-ep pull` or
+            `convert`) with its settings, which `model_args` overrides, or a safetensors file of the model.
+        freeze_layers: modules that are not to learn, by name: `[layers]` is the body of an `ep_vgg*`, `[layers.0]` its
+            first convolution.
+        output: folder for the run: model.safetensors and config.json (which timm loads by `local-dir:`), args.yaml (for
+            `--config`), summary.csv (by epoch), layers.csv and settling.csv (by epoch and layer, see
+            `timm_ep.training.diagnostics`), curves.png, results.json, and checkpoints/.
+        dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`), `torch/NAME` or `hfds/NAME`.
+        data_dir: where the images are.
+        train_images: train on a fixed random subset of this size.
+        val_split: share of the training images to set aside, to choose the best epoch by. 0 keeps all for training, and
+            the last epoch is the result. Test images choose nothing: they are looked at once, at the end.
+        img_size: side of the images in pixels; by default the model's.
+        model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
+            by the literature's algorithm, live forces included.
+        gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
+            twin). Only for `ep_vgg*`.
+        local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
+        local_error_args: further arguments of `timm_ep.LocalErrors`, such as `layers` or `schedule`.
+        teacher: what to distil from, as for `timm_ep.signals.teachers.create_teacher`: a name of timm, `hf-hub:…`,
+            `local-dir:…`, or the folder of a run.
+        teacher_checkpoint: weights for the model that `teacher` names.
+        distill_features: weight of the teacher's features as targets of the states; 0 for none.
+        distill_features_args: further arguments of `timm_ep.FeatureDistillation`.
+        distill_logits: weight of the teacher's logits beside the labels, at the read-out and at every layer; 0 for
+            none.
+        distill_logits_args: further arguments of `timm_ep.LogitDistillation`, such as `temperature`.
+        cache_teacher: ask the teacher once for each image, before training, and keep its answers in memory; not with
+            augmentation.
+        epochs: passes over the training images.
+        batch_size: images of one process in one batch.
+        grad_accum_steps: batches of an update.
+        opt: name of a timm optimizer.
+        opt_kwargs: its further arguments, such as `momentum`, `betas` or `layer_decay`: a factor on the learning rate
+            for every layer further from the read-out.
+        lr: peak learning rate.
+        weight_decay: on kernels and the classifier, not on gains and biases.
+        sched: timm's schedule of the learning rate, which changes at each update.
+        sched_kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, such as `min_lr` or `decay_rate`.
+        warmup_epochs: of linearly rising learning rate, before the schedule.
+        criterion: `cross-entropy` or `squared-error` of the output; by default squared error for a read-out inside the
+            dynamics (`model_args={"readout": "state"}`), else cross-entropy.
+        smoothing: label smoothing, for cross-entropy.
+        clip_grad: clip the gradient at this value; none by default.
+        clip_mode: what is clipped: the `norm` of the whole gradient, each `value`, or by `agc` each unit's gradient
+            relative to its weights.
+        mixup: α of mixup; 0 for none.
+        cutmix: α of cutmix; 0 for none.
+        mixup_prob: share of the batches (or images) that are mixed.
+        mixup_switch_prob: share of cutmix where both are on.
+        mixup_mode: mix with one ratio a `batch`, `pair` or `elem`.
+        mixup_off_epoch: epoch from which nothing is mixed; 0 for never.
+        augment: `none`, `crop` (random, after padding by an eighth), `flip-crop` (with horizontal flips too) or `rrc`
+            (timm's random resized crop, with flips).
+        hflip: share of images flipped left to right; by default as `augment` says.
+        vflip: share flipped upside down.
+        color_jitter: strength of the colour jitter.
+        aa: timm's automatic augmentation, such as `rand-m9-mstd0.5` or `original`.
+        reprob: share of images of which a random rectangle is erased.
+        model_ema: average the weights over the updates; the average is what is tested and saved.
+        model_ema_decay: share of the average that stays at each update.
+        model_ema_warmup: begin with a faster average.
+        amp: settle and compute in half precision where that is safe.
+        amp_dtype: `bfloat16`, or `float16` with loss scaling.
+        channels_last: keep images and kernels in that memory format. The settling always does.
+        torchcompile: compile the model by this backend, such as `inductor`. For an `ep_vgg*` that is the read-out and
+            the signals: the settling is a few large convolutions, and is left as it is.
+        patience: stop after so many epochs without a better validation accuracy; 0 for never.
+        max_residual: skip the update of a batch whose free phase ends with a larger relative change ‖Δs_l‖/‖s_l‖ a
+            sweep in any layer. Above 1 a layer does not settle at all.
+        residual_interval: updates between measurements of the residual: each costs a free phase of 8 images. After one
+            above the limit it is measured at every update.
+        skip_limit: stop, with a diagnosis, after so many updates in a row (or an epoch of them) were skipped because
+            the loss, the gradient or the residual was not finite or too large.
+        seed: of weights, order and augmentation.
+        deterministic: use deterministic algorithms alone. On the CPU a run repeats itself exactly without.
+        device: `cpu`, `cuda`, `cuda:1`, … Under torchrun each process takes its own.
+        workers: processes that load images; 0 loads in the main process, best for small images on few cores.
+        resume: go on from the newest good checkpoint in `output`; from the start if there is none.
+        overwrite: start anew in an `output` that holds a run.
+        checkpoint_interval: also write a checkpoint every so many updates (`500`) or seconds (`600s`), not only after
+            each epoch.
+        log_tensorboard: write `output`/tensorboard too.
+        quiet: print the result and warnings only. Progress bars appear on a terminal only.
+    """
+
+    model: str = "ep_vgg5_025"
+    pretrained: bool = False
+    initial_checkpoint: Path | None = None
+    freeze_layers: list[str] = field(default_factory=list)
+    output: Path = Path("runs/train")
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    train_images: int | None = None
+    val_split: float = 0.0
+    img_size: int | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    gradient: Literal["ep", "bptt", "backprop"] = "ep"
+    local_error: float = 0.0
+    local_error_args: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    teacher_checkpoint: Path | None = None
+    distill_features: float = 0.0
+    distill_features_args: dict[str, Any] = field(default_factory=dict)
+    distill_logits: float = 0.0
+    distill_logits_args: dict[str, Any] = field(default_factory=dict)
+    cache_teacher: bool = False
+    epochs: int = 10
+    batch_size: int = 64
+    grad_accum_steps: int = 1
+    opt: str = "adamw"
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
+    sched_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_epochs: int = 1
+    criterion: Literal["cross-entropy", "squared-error"] | None = None
+    smoothing: float = 0.0
+    clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup_off_epoch: int = 0
+    augment: Literal["none", "crop", "flip-crop", "rrc"] = "none"
+    hflip: float | None = None
+    vflip: float = 0.0
+    color_jitter: float | None = None
+    aa: str | None = None
+    reprob: float = 0.0
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    amp: bool = False
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    channels_last: bool = False
+    torchcompile: str | None = None
+    patience: int = 0
+    max_residual: float = 1.0
+    residual_interval: int = 50
+    skip_limit: int = 10
+    seed: int = 0
+    deterministic: bool = False
+    device: str = "cpu"
+    workers: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_interval: str | None = None
+    log_tensorboard: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.output)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
+        for name in ("val_split", "smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} is no share; it must be between 0 and 1.")
+        if not 0 <= self.model_ema_decay < 1:
+            raise ValueError(f"model_ema_decay={self.model_ema_decay} must be at least 0 and below 1.")
+        self._check_teaching()
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise ValueError(
+                f"pretrained and initial_checkpoint={self.initial_checkpoint} both say where to start; choose one."
+            )
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
+        if self.patience and not self.val_split:
+            raise ValueError(
+                f"patience={self.patience} needs images to judge by: set val_split, for example to 0.1. Test images "
+                "choose nothing."
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with the run in the output folder and overwrite discards it; choose one.")
+        _ = self.interval
+
+    def _check_teaching(self) -> None:
+        distils = self.distill_features or self.distill_logits
+        if distils and self.teacher is None:
+            raise ValueError("Distillation needs a teacher (--teacher): a name of timm, or the folder of a run.")
+        if self.teacher is not None and not distils:
+            raise ValueError(
+                f"teacher={self.teacher} has nothing to teach: set the weight of distill_features or distill_logits."
+            )
+        changes = {"augment": "none", "mixup": 0, "cutmix": 0, "hflip": None, "vflip": 0, "color_jitter": None}
+        for name, harmless in {**changes, "aa": None, "reprob": 0}.items():
+            if self.cache_teacher and getattr(self, name) not in (harmless, 0):
+                raise ValueError(
+                    f"cache_teacher keeps one answer for each image, but {name}={getattr(self, name)} changes the "
+                    "images; turn one of the two off."
+                )
+
+    @property
+    def warmup(self) -> int:
+        """Epochs of warmup: the schedule needs an epoch of its own."""
+        return min(self.warmup_epochs, self.epochs - 1)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def interval(self) -> tuple[int | None, float | None]:
+        """Updates, and seconds, between checkpoints.
+
+        Raises:
+            ValueError: neither a number of updates nor one of seconds.
+        """
+        if self.checkpoint_interval is None:
+            return None, None
+        text = str(self.checkpoint_interval)
+        number, kind = (text[:-1], float) if text.endswith("s") else (text, int)
+        try:
+            value = kind(number)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise ValueError(f"checkpoint_interval={text!r} is unknown; give updates, like 500, or seconds, like 600s.")
+        return (None, float(value)) if kind is float else (int(value), None)
+
+    def plain(self) -> dict[str, Any]:
+        """The options as numbers, strings, lists and dicts."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    def save(self, path: Path) -> None:
+        """Write them as YAML, for `--config`; the switches for this one start of the run are left out."""
+        values = {name: value for name, value in self.plain().items() if name not in ("resume", "overwrite")}
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """The options that change what is computed and differ from those of an earlier start, as `name: old → new`."""
+        defaults = TrainingOptions().plain()
+        return [
+            f"{name}: {earlier.get(name, defaults[name])} → {value}"
+            for name, value in self.plain().items()
+            if name not in _FREE and value != earlier.get(name, defaults[name])
+        ]
+
+
+_LEAST = {
+    "train_images": 1,
+    "img_size": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "grad_accum_steps": 1,
+    "lr": 0,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+    "clip_grad": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "mixup_off_epoch": 0,
+    "patience": 0,
+    "max_residual": 0,
+    "residual_interval": 1,
+    "skip_limit": 1,
+    "seed": 0,
+    "workers": 0,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,87 @@
+"""Going on with a run: from what state, and whether the options still ask for the same run."""
+
+import shutil
+import sys
+from typing import Any
+
+from timm_ep.hub.cards import RESULTS_NAME
+from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.distributed import World
+from timm_ep.training.options import TrainingOptions
+
+__all__ = ["check_resumed", "discard", "earlier_state"]
+
+
+def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore) -> dict[str, Any]:
+    """The state to go on from, the same in every process; empty for a new run.
+
+    Raises:
+        FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` says what to do.
+        UnusableCheckpoint: there are checkpoints, and none is good.
+    """
+    if world.primary:
+        store.clean()
+    if options.overwrite:
+        return {}
+    if options.resume:
+        if not world.primary:
+            path = world.from_primary(None)
+            return {} if path is None else load_checkpoint(path)
+        newest = store.newest()
+        for reason in newest.refused:
+            print(f"warning: {reason} Going on from the one before, {newest.path}.", file=sys.stderr)
+        world.from_primary(newest.path)
+        return newest.state
+    if store.steps() or (options.output / RESULTS_NAME).exists():
+        raise FileExistsError(
+            f"{options.output} holds a run already. Go on with it by --resume, choose another --output, or discard it "
+            "by --overwrite."
+        )
+    return {}
+
+
+def discard(options: TrainingOptions, store: CheckpointStore) -> None:
+    """Remove what the folder of an earlier run would be resumed or read from."""
+    shutil.rmtree(store.folder, ignore_errors=True)
+    for name in (RESULTS_NAME, "summary.csv"):
+        (options.output / name).unlink(missing_ok=True)
+    shutil.rmtree(options.output / "tensorboard", ignore_errors=True)
+
+
+def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dict[str, Any], world: World) -> None:
+    """Refuse to go on with what would give another result; warn where another number of epochs is asked for.
+
+    Args:
+        options: of this start.
+        state: of a checkpoint.
+        identity: what this start has besides options, as in the checkpoint.
+        world: the processes of this start.
+
+    Raises:
+        ValueError: options, images, classes or processes differ; the message names each.
+    """
+    earlier, changed = state["identity"], options.differences(state["options"])
+    batch = [
+        options["batch_size"] * options["grad_accum_steps"] * size
+        for options, size in ((state["options"], earlier["world"]), (options.plain(), world.size))
+    ]
+    changed = [text for text in changed if not text.startswith("epochs:")]
+    if batch[0] == batch[1]:  # other ranks or batches of the same updates: equal but for rounding and mixing
+        changed = [text for text in changed if not text.startswith(("batch_size:", "grad_accum_steps:"))]
+    elif earlier["world"] != world.size:
+        changed.append(f"processes: {earlier['world']} → {world.size}, so that an update has other images")
+    if earlier["train_images"] != identity["train_images"]:
+        changed.append(f"training images: {earlier['train_images']} → {identity['train_images']}")
+    if earlier["classes"] != identity["classes"]:
+        changed.append("the classes")
+    if changed:
+        raise ValueError(
+            f"The run in {options.output} cannot be resumed with other options ({'; '.join(changed)}): it would be no "
+            f"run of either. Give those in {options.output / 'args.yaml'}, or start a new run in another --output."
+        )
+    if world.primary and state["options"]["epochs"] != options.epochs:
+        print(
+            f"warning: epochs: {state['options']['epochs']} → {options.epochs}. The learning rate follows the schedule "
+            "of the new number from here on, so this is not the run of that number from the start.",
+            file=sys.stderr,
+        )

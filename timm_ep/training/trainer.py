@@ -1,0 +1,127 @@
+"""Training a model of timm's registry by EP, from options to a folder with weights that timm loads."""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.hub.curves import Plot
+from timm_ep.hub.export import save
+from timm_ep.models import EpVgg
+from timm_ep.training.assembly import RunImages, create_loop, open_images, plain_loader
+from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.distributed import World, join_world
+from timm_ep.training.evaluate import accuracy_line, evaluate
+from timm_ep.training.logs import RunLog
+from timm_ep.training.loop import TrainingLoop
+from timm_ep.training.options import TrainingOptions
+from timm_ep.training.resume import check_resumed, discard, earlier_state
+
+
+@dataclass
+class Trainer(TrainingOptions):
+    """Train a model: `Trainer(model="ep_vgg5_025", epochs=5).run()`, or `timm-ep train` with the same options."""
+
+    def run(self) -> RunFacts:
+        """Train, test, and write the output folder.
+
+        Returns:
+            the facts of the run, with the test accuracy in percent.
+
+        Raises:
+            FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` says what to do.
+            FloatingPointError: too many updates in a row could not be made; the message says why.
+            OSError: a file could not be written; earlier ones are intact.
+            SystemExit: SIGTERM or Ctrl-C, after a checkpoint; the code is 143 or 130.
+            ValueError: options that do not fit the data, the model or the run that is resumed.
+        """
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.deterministic or deterministic)
+        try:
+            with join_world(self.device) as world:
+                return self._run(world)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+
+    def _run(self, world: World) -> RunFacts:
+        store = CheckpointStore(self.output / "checkpoints")
+        state = earlier_state(self, world, store)
+        torch.manual_seed(self.seed)  # of the initial weights; all else is seeded by its position
+        images, model = open_images(self)
+        model = model.to(world.device)
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        identity = {"train_images": len(images.train), "classes": list(images.source.classes), "world": world.size}
+        if state:
+            check_resumed(self, state, identity, world)
+        loop = create_loop(self, world, store, images, model, identity, state)
+        try:
+            if world.primary:
+                self.output.mkdir(parents=True, exist_ok=True)
+                if self.overwrite:  # only now that the options are known to be good
+                    discard(self, store)
+                self.save(self.output / "args.yaml")
+            loop.run()
+            facts = self._finish(loop, images, model)
+        finally:
+            loop.log.close()
+        world.from_primary(None)  # nobody leaves before the primary process has written everything
+        return facts
+
+    def _finish(self, loop: TrainingLoop, images: RunImages, model: Any) -> RunFacts:
+        """Test once, and write what the run is for."""
+        world, progress, task = loop.world, loop.progress, loop.task
+        if progress.best_epoch and progress.best_epoch != progress.epoch:
+            best = load_checkpoint(loop.store.best)
+            key = "state_dict_ema" if task.has_ema() else "state_dict"
+            task.load_checkpoint_state(best[key], best.get("task_state"), ema=task.has_ema())
+            loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
+        # Without autocast, as the model is saved and as `timm-ep validate` will test it again.
+        averaged: Any = task.get_eval_model(ema=task.has_ema())
+        tested = evaluate(
+            averaged,
+            plain_loader(self, images.source.test, images, world),
+            world.device,
+            world.sum,
+        )
+        progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
+        start = self.initial_checkpoint or (self.model if self.pretrained else None)
+        facts = RunFacts(
+            architecture=model.pretrained_cfg["architecture"],
+            command=shlex.join(["timm-ep", *sys.argv[1:]]),
+            seed=self.seed,
+            dataset=self.dataset,
+            n_train=len(images.train),
+            n_test=len(images.source.test),
+            top1=tested.top1,
+            top5=tested.top5,
+            epochs=progress.epoch,
+            train_seconds=progress.seconds,
+            settings=dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {},
+            feedback_share=tested.feedback_share,
+            signals={
+                name: getattr(self, name)
+                for name in ("local_error", "distill_features", "distill_logits")
+                if getattr(self, name)
+            },
+            teacher=self.teacher,
+            started_from=None if start is None else str(start),
+        )
+        if world.primary:
+            loop.log.write(progress.rows)
+            save(self.output, averaged, images.source.classes, images.size, images.mean, images.std, self.model_args)
+            facts.save(self.output / RESULTS_NAME)
+            self._plot(loop.log)
+            print(f"saved to {self.output}\n{accuracy_line(facts.top1, facts)}")
+        return facts
+
+    def _plot(self, log: RunLog) -> None:
+        if find_spec("matplotlib") is None:
+            log.say("no curves.png: matplotlib is not installed (pip install timm_ep[plots])")
+            return
+        Plot(self.output, self.output / "curves.png").run()
