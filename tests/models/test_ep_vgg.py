@@ -21,17 +21,19 @@ SMALL = "ep_vgg5_025"
 
 def test_the_family_is_registered():
     assert set(NAMES) == {
-        *(f"ep_vgg{depth}" for depth in (5, 9, 11, 13, 16, 19)),
+        *(f"ep_vgg{depth}" for depth in (5, 7, 9, 11, 13, 16, 19)),
         *(f"ep_vgg{depth}_{width}" for depth in (5, 9, 11, 16) for width in ("025", "050")),
     }
     assert timm.models.is_model_in_modules("ep_vgg16", ["ep_vgg"])
 
 
-@pytest.mark.parametrize(("name", "depth"), [("ep_vgg5", 4), ("ep_vgg9", 8), ("ep_vgg16", 13), ("ep_vgg19", 16)])
+@pytest.mark.parametrize(
+    ("name", "depth"), [("ep_vgg5", 4), ("ep_vgg7", 6), ("ep_vgg9", 8), ("ep_vgg16", 13), ("ep_vgg19", 16)]
+)
 def test_depth_and_width_are_those_of_the_name(name, depth):
     model = timm.create_model(name, device="meta")
     assert len(model.layers) == depth
-    assert model.num_features == 512
+    assert model.num_features == (256 if name == "ep_vgg7" else 512)
     assert model.get_classifier().out_features == model.num_classes == 1000
 
 
@@ -206,6 +208,17 @@ def test_first_convolution_and_classifier_adapt_to_pretrained_weights(tmp_path):
     assert other.layers[0].weight.shape[1] == 1
     assert other.head.fc.out_features == 4
     assert_close(other.layers[1].weight, model.layers[1].weight)
+
+
+@pytest.mark.parametrize("name", ["ep_vgg16", "ep_vgg9_050", "ep_vgg9_050.untrained"])
+def test_a_name_without_weights_says_which_have_them(name):
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for ep_vgg") as error:
+        timm.create_model(name, pretrained=True)
+    variant, named = name.partition(".")[0], str(error.value)
+    released = [other for other in timm.list_pretrained("ep_*") if name == "ep_vgg16" or other.startswith(variant)]
+    assert released
+    assert all(other in named for other in released)
+    assert f"timm-ep train --model {variant} " in named
 
 
 @pytest.mark.parametrize(

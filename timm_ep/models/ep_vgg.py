@@ -10,8 +10,9 @@ The functions that timm registers differ by a row of the table alone, so they ar
 from importlib.resources import files
 from typing import Any, Protocol
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from timm_ep.models.crnn import EpVgg
 from timm_ep.models.weights import checkpoint_filter_fn
@@ -19,6 +20,7 @@ from timm_ep.models.weights import checkpoint_filter_fn
 # Output channels of each convolution; "M" pools the state of the convolution before it.
 _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
     "vgg5": (128, "M", 256, "M", 512, "M", 512, "M"),
+    "vgg7": (64, "M", 64, 256, "M", 256, 256, "M", 256, "M"),
     "vgg9": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"),
     "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
     "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -28,6 +30,7 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
 
 _DESCRIPTIONS = {
     "vgg5": "4 convolutions, 128 to 512 channels: the net of the EP literature",
+    "vgg7": "6 convolutions, 64 to 256 channels, wide at low resolution: learns small images fastest",
     "vgg9": "8 convolutions, 64 to 512 channels",
     "vgg11": "VGG-A: 8 convolutions, 64 to 512 channels",
     "vgg13": "VGG-B: 10 convolutions, 64 to 512 channels",
@@ -36,7 +39,7 @@ _DESCRIPTIONS = {
 }
 
 # λ: weaker where more layers multiply the loop gain. See the table of λ in the README for how these were measured.
-_FEEDBACK = {"vgg5": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
+_FEEDBACK = {"vgg5": 0.02, "vgg7": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
 
 # Settings of released weights, where they are not the defaults.
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
@@ -94,6 +97,7 @@ default_cfgs = generate_default_cfgs(
         ),
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
+        "ep_vgg7.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
             32, file=_shipped("ep_vgg9_025.ep_fashion_mnist"), num_classes=10, label_names=_FASHION_MNIST, **_GREY
@@ -124,12 +128,29 @@ class Entrypoint(Protocol):
     def __call__(self, pretrained: bool = False, **kwargs: Any) -> EpVgg: ...
 
 
+def _check_weights(variant: str, kwargs: dict[str, Any]) -> None:
+    """timm's error for a name without weights says that there are none; this one, what there is instead."""
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if cfg.has_weights or cfg.state_dict:
+        return
+    released = timm.list_pretrained("ep_*")
+    own = [name for name in released if name.partition(".")[0] == variant]
+    raise RuntimeError(
+        f"No pretrained weights exist for {variant} by its plain name. "
+        + (f"It was trained as {', '.join(own)}. " if own else f"There are {', '.join(released)}. ")
+        + f"Train it with `timm-ep train --model {variant} …`, from one of timm's feedforward VGGs if you like "
+        "(`timm-ep convert`), or use `pretrained=False` for random init."
+    )
+
+
 def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
     """Register the net `base`, or one with so many percent of its channels."""
     variant = f"ep_{base}" if percent == 100 else f"ep_{base}_{percent:03d}"
     scaled = tuple(item if isinstance(item, str) else item * percent // 100 for item in _ARCHITECTURES[base])
 
     def create(pretrained: bool = False, **kwargs: Any) -> EpVgg:
+        if pretrained:
+            _check_weights(variant, kwargs)
         released = f"{variant}.{kwargs.get('pretrained_cfg')}"
         kwargs = {"architecture": scaled, **_TRAINED_WITH.get(released, {}), **kwargs}
         if kwargs.get("preset", "fast") == "fast":
@@ -152,6 +173,7 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
 ep_vgg5: Entrypoint = _entrypoint("vgg5")
 ep_vgg5_025: Entrypoint = _entrypoint("vgg5", 25)
 ep_vgg5_050: Entrypoint = _entrypoint("vgg5", 50)
+ep_vgg7: Entrypoint = _entrypoint("vgg7")
 ep_vgg9: Entrypoint = _entrypoint("vgg9")
 ep_vgg9_025: Entrypoint = _entrypoint("vgg9", 25)
 ep_vgg9_050: Entrypoint = _entrypoint("vgg9", 50)
