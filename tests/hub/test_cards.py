@@ -143,7 +143,7 @@ def test_a_dataset_known_by_another_name_gets_its_id(tmp_path):
     prepare(tmp_path / "a", tmp_path / "b", "alice/x")  # it is remembered
     for name in "ab":
         assert ModelCard.load(tmp_path / name / "README.md").data.datasets == ["uoft-cs/cifar10"]
-        assert "CIFAR-10, 100 training" in (tmp_path / name / "README.md").read_text()
+        assert "CIFAR-10, a copy as image files, 100 training" in (tmp_path / name / "README.md").read_text()
 
 
 EVIL = "<script>alert(1)</script>`](javascript:alert(1))\n---\n# {{ 7 * 7 }} | <img src=x onerror=alert(1)> \x1b[31m"

@@ -266,6 +266,8 @@ def _dataset(facts: RunFacts) -> tuple[str, str | None]:
     if facts.dataset_id and re.fullmatch(_HUB_ID, facts.dataset_id):
         dataset_id = facts.dataset_id
         title = {known: name for name, known in _DATASETS.values()}.get(dataset_id, dataset_id)
+        if facts.dataset == "folder":  # a copy, of which not every pixel need be that of the original
+            title = f"{title}, a copy as image files"
     return title, dataset_id
 
 
