@@ -24,7 +24,7 @@ class Settings:
         tol: stop the free phase when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖ over the batch, falls below
             this in a sweep (in the order `sweep`: an upward one, after which both directions have been taken). The
             worst layer's gradient then has a cosine to the exact one of about 1 − 15 tol², so that 0.02 gives 0.99
-            (the README's table). 0 runs all sweeps and never waits for the device.
+            (`scripts/README.md`). 0 runs all sweeps and never waits for the device.
         nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `random-sign`: the same with the sign of β drawn for each batch from
             torch's generator, so that the bias of order β cancels over batches. `centered`: (∂E(β) − ∂E(−β))/2β, twice
             the cost and a bias of order β² (Laborieux et al. 2021).

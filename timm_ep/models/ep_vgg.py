@@ -38,7 +38,7 @@ _DESCRIPTIONS = {
     "vgg19": "VGG-E: 16 convolutions, 64 to 512 channels",
 }
 
-# λ: weaker where more layers multiply the loop gain. See the table of λ in the README for how these were measured.
+# λ: weaker where more layers multiply the loop gain. See "What λ does" in `scripts/README.md`.
 _FEEDBACK = {"vgg5": 0.02, "vgg7": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
 
 # Settings of released weights, where they are not the defaults.
