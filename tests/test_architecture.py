@@ -1,12 +1,14 @@
 """The rule of `timm_ep/README.md`: imports lead downwards only, so there is no circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import timm_ep
 
 PACKAGE = Path(timm_ep.__file__).parent
+ROOT = Path(__file__).parents[1]
 WINGS = ("base", "core", "models", "signals", "data", "hub", "training", "studies")  # from the bottom up
 FLOORS = {name: floor for floor, name in enumerate(WINGS)}
 
@@ -61,6 +63,19 @@ def test_the_core_knows_torch_alone():
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {name.partition(".")[0] for name in names} & {"timm", "torchvision", "PIL", "numpy"}, path
+
+
+def test_the_picture_shows_these_arrows():
+    """Every arrow drawn is an import, and every import follows arrows; the top level may import all below it."""
+    picture = (ROOT / ".github" / "architecture.svg").read_text(encoding="utf-8")
+    arrows = set(re.findall(r'<path id="(\w+)-(\w+)"', picture))
+    edges = {(wing(module) or "top", wing(one) or "top") for module, members in imports().items() for one in members}
+    edges = {(above, below) for above, below in edges if above != below and below != "top"}
+    reached = set(arrows)
+    for middle in WINGS:
+        reached |= {(above, below) for above, one in reached for other, below in reached if one == other == middle}
+    assert arrows <= edges, f"drawn, but no import: {arrows - edges}"
+    assert edges <= reached, f"imports to draw in .github/architecture.svg: {edges - reached}"
 
 
 def test_every_wing_is_named():
