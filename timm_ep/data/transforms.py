@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 
 __all__ = ["Augment", "augmentation", "channel_values", "image_transform", "run_transform"]
@@ -17,31 +17,43 @@ def channel_values(values: tuple[float, ...], channels: int) -> tuple[float, ...
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def image_transform(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> transforms.Compose:
-    """PIL image → normalised tensor (channels, size, size) without augmentation; channels is the length of `mean`.
+def image_transform(
+    size: int | tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str = "bilinear",
+    crop_pct: float = 1.0,
+    crop_mode: str = "center",
+) -> transforms.Compose:
+    """PIL image → normalised tensor (channels, height, width) without augmentation; channels is the length of `mean`.
+
+    It is timm's own, `timm.data.create_transform`, of the picture in the mode that the model takes. The defaults are
+    what training takes, and `timm_ep.hub.export.save` writes into a run's configuration.
 
     Args:
-        size: in pixels; other images are resized on their shorter side and cropped at the centre.
+        size: in pixels, of a side or (height, width); other images are resized and cropped to it.
         mean: per channel, for pixels in [0, 1].
         std: per channel.
+        interpolation: of timm, such as `bilinear` or `bicubic`.
+        crop_pct: share of the resized image's side that is kept.
+        crop_mode: `center` (the shorter side is fitted, and the centre cropped), `squash` or `border`.
     """
-    return transforms.Compose(
-        [
-            partial(Image.Image.convert, mode="L" if len(mean) == 1 else "RGB"),
-            transforms.Resize(size),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
+    sides = (size, size) if isinstance(size, int) else size
+    transform = create_transform(
+        sides, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
     )
+    convert = partial(Image.Image.convert, mode="L" if len(mean) == 1 else "RGB")
+    return transforms.Compose([convert, *transform.transforms])
 
 
-def run_transform(model: Any, size: int | None = None) -> Any:
-    """The transform of test images that the model's pretrained cfg describes, to images of `size` if given."""
-    cfg = model.pretrained_cfg
-    channels = getattr(model, "in_chans", cfg["input_size"][0])
-    mean, std = (channel_values(cfg[name], channels) for name in ("mean", "std"))
-    return image_transform(size or cfg["input_size"][-1], mean, std)
+def run_transform(model: Any, size: int | None = None) -> transforms.Compose:
+    """The transform of test images that the model's configuration describes, as timm reads it, to images of `size` if
+    given."""
+    config = resolve_data_config({}, model=model)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    mean, std = (channel_values(config[name], channels) for name in ("mean", "std"))
+    chosen = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
+    return image_transform(size or config["input_size"][-2:], mean, std, **chosen)
 
 
 def augmentation(

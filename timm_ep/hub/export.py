@@ -53,6 +53,7 @@ def save(
         "std": std,
         "interpolation": "bilinear",
         "crop_pct": 1.0,
+        "crop_mode": "center",
     }
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
