@@ -13,10 +13,10 @@ from timm_ep.cli import COMMANDS
 
 PACKAGE = Path(timm_ep.__file__).parent
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".", "model_cards", "scripts", "tests", "timm_ep", "timm_ep/hub", "timm_ep/training")
-READMES = [ROOT / folder / "README.md" for folder in FOLDERS]
+FOLDERS = ("model_cards", "scripts", "tests", "timm_ep", "timm_ep/hub", "timm_ep/training")
+NAMES = ["README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 
-each_readme = pytest.mark.parametrize("readme", READMES, ids=FOLDERS)
+each_readme = pytest.mark.parametrize("readme", [ROOT / name for name in NAMES], ids=NAMES)
 
 
 def anchors(text: str) -> set[str]:

@@ -104,11 +104,7 @@ class Trainer(TrainingOptions):
             train_seconds=progress.seconds,
             settings=dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {},
             feedback_share=tested.feedback_share,
-            signals={
-                name: getattr(self, name)
-                for name in ("local_error", "distill_features", "distill_logits")
-                if getattr(self, name)
-            },
+            signals={name: getattr(self, name) for name in loop.task.signals},
             teacher=self.teacher,
             started_from=None if start is None else str(start),
         )
