@@ -21,14 +21,15 @@ SMALL = "ep_vgg5_025"
 
 def test_the_family_is_registered():
     assert set(NAMES) == {
-        *(f"ep_vgg{depth}" for depth in (5, 7, 9, 11, 13, 16, 19)),
+        *(f"ep_vgg{depth}" for depth in (5, 7, 8, 9, 11, 13, 16, 19)),
         *(f"ep_vgg{depth}_{width}" for depth in (5, 9, 11, 16) for width in ("025", "050")),
     }
     assert timm.models.is_model_in_modules("ep_vgg16", ["ep_vgg"])
 
 
 @pytest.mark.parametrize(
-    ("name", "depth"), [("ep_vgg5", 4), ("ep_vgg7", 6), ("ep_vgg9", 8), ("ep_vgg16", 13), ("ep_vgg19", 16)]
+    ("name", "depth"),
+    [("ep_vgg5", 4), ("ep_vgg7", 6), ("ep_vgg8", 7), ("ep_vgg9", 8), ("ep_vgg16", 13), ("ep_vgg19", 16)],
 )
 def test_depth_and_width_are_those_of_the_name(name, depth):
     model = timm.create_model(name, device="meta")

@@ -21,6 +21,7 @@ from timm_ep.models.weights import checkpoint_filter_fn
 _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
     "vgg5": (128, "M", 256, "M", 512, "M", 512, "M"),
     "vgg7": (64, "M", 64, 256, "M", 256, 256, "M", 256, "M"),
+    "vgg8": (64, "M", 128, 256, "M", 256, 256, "M", 512, 512, "M"),
     "vgg9": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"),
     "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
     "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -31,6 +32,7 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
 _DESCRIPTIONS = {
     "vgg5": "4 convolutions, 128 to 512 channels: the net of the EP literature",
     "vgg7": "6 convolutions, 64 to 256 channels, wide at low resolution: learns small images fastest",
+    "vgg8": "7 convolutions, 64 to 512 channels, wide at low resolution: vgg7 for longer trainings",
     "vgg9": "8 convolutions, 64 to 512 channels",
     "vgg11": "VGG-A: 8 convolutions, 64 to 512 channels",
     "vgg13": "VGG-B: 10 convolutions, 64 to 512 channels",
@@ -39,7 +41,16 @@ _DESCRIPTIONS = {
 }
 
 # λ: weaker where more layers multiply the loop gain. See "What λ does" in `scripts/README.md`.
-_FEEDBACK = {"vgg5": 0.02, "vgg7": 0.02, "vgg9": 0.02, "vgg11": 0.01, "vgg13": 0.01, "vgg16": 0.01, "vgg19": 0.01}
+_FEEDBACK = {
+    "vgg5": 0.02,
+    "vgg7": 0.02,
+    "vgg8": 0.02,
+    "vgg9": 0.02,
+    "vgg11": 0.01,
+    "vgg13": 0.01,
+    "vgg16": 0.01,
+    "vgg19": 0.01,
+}
 
 # Settings of released weights, where they are not the defaults.
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
@@ -99,6 +110,7 @@ default_cfgs = generate_default_cfgs(
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg7.untrained": _cfg(32),
+        "ep_vgg8.untrained": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
             32, file=_shipped("ep_vgg9_025.ep_fashion_mnist"), num_classes=10, label_names=_FASHION_MNIST, **_GREY
@@ -175,6 +187,7 @@ ep_vgg5: Entrypoint = _entrypoint("vgg5")
 ep_vgg5_025: Entrypoint = _entrypoint("vgg5", 25)
 ep_vgg5_050: Entrypoint = _entrypoint("vgg5", 50)
 ep_vgg7: Entrypoint = _entrypoint("vgg7")
+ep_vgg8: Entrypoint = _entrypoint("vgg8")
 ep_vgg9: Entrypoint = _entrypoint("vgg9")
 ep_vgg9_025: Entrypoint = _entrypoint("vgg9", 25)
 ep_vgg9_050: Entrypoint = _entrypoint("vgg9", 50)
