@@ -75,6 +75,6 @@ def test_every_released_model_has_its_commands():
         assert re.search(rf"^{re.escape(name)}\)", script, re.MULTILINE), f"scripts/reproduce does not know {name}"
 
 
-@pytest.mark.parametrize("script", ["reproduce", "release"])
+@pytest.mark.parametrize("script", ["reproduce", "release", "search"])
 def test_scripts_are_well_formed(script):
     subprocess.run(["bash", "-n", str(SCRIPTS / script)], check=True)
