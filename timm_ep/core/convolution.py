@@ -45,7 +45,7 @@ def adjoint(above: Tensor, kernel: Tensor, size: Size, stride: int, padding: int
     """Wᵀ ⋆ `above`, on a map of `size` (height, width), odd ones included: as `F.conv_transpose2d`."""
     height, width = above.shape[-2:]
     rows, columns = kernel.shape[-2:]
-    if not _takes_patches(above, kernel, len(above) * kernel.shape[1] * size[0] * size[1], height * width):
+    if not _takes_patches(above, kernel, above.shape[0] * kernel.shape[1] * size[0] * size[1], height * width):
         pads = [
             full - ((out - 1) * stride - 2 * padding + taps)
             for full, out, taps in zip(size, (height, width), (rows, columns), strict=True)
@@ -90,7 +90,7 @@ def _takes_patches(operand: Tensor, kernel: Tensor, elements: int, positions: in
     """Whether the matrix product is the faster one, for a map below of so many elements and one above of so many
     positions."""
     small = positions <= _limit(operand, _SMALL_MAP, _SMALL_MAP_OF_TWO_BYTES)
-    return small and kernel.numel() >= _LARGE_KERNEL * elements and _allowed(operand)
+    return _allowed(operand) and small and kernel.numel() >= _LARGE_KERNEL * elements
 
 
 def _limit(operand: Tensor, of_four_bytes: int, of_two_bytes: int) -> int:

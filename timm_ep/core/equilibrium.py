@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from timm_ep.core.convolution import convolutions_only
 from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
 from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
+from timm_ep.core.recording import recording
 from timm_ep.core.settings import Settings
 
 
@@ -41,6 +43,8 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
     Returns:
         N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
     """
+    if recording():
+        return _recorded(net, x, settings)
     net, x = prepared(net, x)
     with no_autocast(x.device.type):
         if settings.gradient == "ep":
@@ -50,6 +54,24 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
         if settings.gradient == "backprop":
             return tuple(feedforward_pass(net, x, recompute).states)
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
+
+
+def _recorded(net: Net, x: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """The states as plain operations for a batch of any size, detached: autograd through them would be BPTT, not EP."""
+    if settings.tol > 0 and settings.gradient != "backprop":
+        raise ValueError(
+            f"tol={settings.tol} stops the sweeps when the images have settled; what is exported runs a fixed number "
+            "of sweeps. Set tol=0, and free_sweeps to their number."
+        )
+    with convolutions_only():  # which products are computed as matrices depends on the size of the batch
+        net, x = prepared(net, x)
+        if settings.gradient == "backprop":
+            states = feedforward_pass(net, x).states
+        else:
+            if settings.gradient == "ep":
+                net = with_short_products(net, settings)
+            states = free_phase(net, x, settings, states_only=True).states
+    return tuple(state.detach() for state in states)
 
 
 def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
@@ -62,8 +84,10 @@ def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
         kernels, biases = (tuple(tensor.to(dtype) for tensor in tensors) for tensors in (net.kernels, net.biases))
         net = Net(net.couplings, kernels, biases).written_out((x.shape[-2], x.shape[-1]))
         # Settling repeats convolutions and their adjoints on the same maps: this is the faster format for both.
-        kernels = tuple(k if k.dim() == 2 else k.to(memory_format=torch.channels_last) for k in net.kernels)
-        return net._replace(kernels=kernels), x.to(dtype=dtype, memory_format=torch.channels_last)
+        # (Under `vmap` a tensor has no format.)
+        layout = torch.preserve_format if torch._C._are_functorch_transforms_active() else torch.channels_last
+        kernels = tuple(k if k.dim() == 2 else k.to(memory_format=layout) for k in net.kernels)
+        return net._replace(kernels=kernels), x.to(dtype=dtype, memory_format=layout)
 
 
 def with_short_products(net: Net, settings: Settings) -> Net:
@@ -76,7 +100,8 @@ def with_short_products(net: Net, settings: Settings) -> Net:
 
 def no_autocast(device: str) -> AbstractContextManager[None]:
     available = torch.amp.is_autocast_available(device)  # not on the meta device
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    casts = available and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if casts else nullcontext()
 
 
 class _Equilibrium(torch.autograd.Function):

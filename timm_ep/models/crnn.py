@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from timm_ep.core.energy import Coupling, Net, fold_average_pool
 from timm_ep.core.equilibrium import equilibrium
 from timm_ep.core.free_phase import free_phase
 from timm_ep.core.live import LossOfStates, live_loss
+from timm_ep.core.recording import recording
 from timm_ep.core.settings import SETTING_NAMES, Settings
 
 __all__ = ["EpConv2d", "EpVgg"]
@@ -70,6 +71,11 @@ class EpConv2d(nn.Module):
         normalise = F.layer_norm if self.center else F.rms_norm
         normalised = normalise(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
         return normalised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
+
+
+# To torch.fx, which runs a model on names of tensors, what looks at their values and sizes is one node each.
+register_notrace_function(equilibrium)
+register_notrace_function(fold_average_pool)
 
 
 def _setting(name: str) -> property:
@@ -178,6 +184,7 @@ class EpVgg(nn.Module):
                 self._taps.append(len(layers) - 1)
         self.layers = nn.ModuleList(layers)
         self.num_features = self.head_hidden_size = below
+        self._top = len(layers) - 1  # layer whose state is the features
         # Last, because adaptive gradient clipping leaves out the last two parameters.
         self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self._center_output()
@@ -204,7 +211,8 @@ class EpVgg(nn.Module):
         """
         self._check_readout(global_pool if num_classes and global_pool is not None else "avg", self.drop_rate)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        like = self.layers[0].weight
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, device=like.device, dtype=like.dtype)
         self._center_output()
         self.head_hidden_size = self.head.num_features
 
@@ -305,7 +313,27 @@ class EpVgg(nn.Module):
     def _net_for(self, x: Tensor) -> Net:
         return self.net((x.shape[-2], x.shape[-1]))
 
+    def __prepare_scriptable__(self) -> "EpVgg":
+        raise NotImplementedError(
+            "TorchScript cannot compile a net that settles. Take torch.export.export, torch.onnx.export (both: timm-ep "
+            "export) or torch.jit.trace, in eval mode."
+        )
+
     def _check(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):  # a name for images that are yet to come
+            return
+        if recording() and self.training:
+            raise ValueError(
+                "What is exported is inference: call model.eval() first. EP's gradient comes from two phases, which no "
+                "exported graph holds."
+            )
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed and self.settings.gradient == "ep":
+            raise NotImplementedError(
+                "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
+                "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
+                "sample's EP gradient does not depend on those beside it; or gradient='bptt', the exact one."
+            )
         if not x.is_floating_point():
             raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
         dtype = self.layers[0].weight.dtype
@@ -322,9 +350,11 @@ class EpVgg(nn.Module):
                 f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at "
                 f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
             )
+        if recording():
+            return  # values, and the size of the batch, are those of an example
         if len(x) == 0:
             raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
-        if x.device.type == "cpu" and not torch.isfinite(x.detach().sum()):
+        if x.device.type == "cpu" and not transformed and not torch.isfinite(x.detach().sum()):
             # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
             bad = int((~torch.isfinite(x)).sum())
             if bad:
@@ -366,20 +396,25 @@ class EpVgg(nn.Module):
         take, _ = feature_take_indices(len(self.feature_info), indices)
         states = self.equilibrium(x)
         intermediates = [states[self._taps[index]] for index in take]
-        return intermediates if intermediates_only else (states[len(self.layers) - 1], intermediates)
+        return intermediates if intermediates_only else (states[self._top], intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Prune what the chosen features do not need: the read-out. All that feeds back stays, whatever lies above."""
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        """Prune what the chosen features do not need: the read-out. All that feeds back stays, whatever lies above.
+
+        Without the read-out the highest chosen feature is what `forward_features` gives, and `reset_classifier` reads.
+        """
+        take, highest = feature_take_indices(len(self.feature_info), indices)
         if prune_head and not self._output_settles:
+            self._top = self._taps[highest]
+            self.num_features = self.feature_info[highest]["num_chs"]
             self.reset_classifier(0, "")
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last convolution's state, (B, num_features, H / r, W / r)."""
-        return self.equilibrium(x)[len(self.layers) - 1]
+        return self.equilibrium(x)[self._top]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from the last convolution's state; the pooled state itself with `pre_logits`.
@@ -392,11 +427,12 @@ class EpVgg(nn.Module):
 
     def output(self, states: Sequence[Tensor]) -> Tensor:
         """What `forward` returns, from the states of `equilibrium`."""
-        return states[-1].flatten(1) if self._output_settles else self.forward_head(states[-1])
+        return states[-1].flatten(1) if self._output_settles else self.forward_head(states[self._top])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes); with `readout="state"` the output state, in [0, 1]."""
-        return self.output(self.equilibrium(x))
+        output = self.output(self.equilibrium(x))
+        return output.detach() if recording() else output  # a loss on what is exported has no gradient at all
 
 
 for _name in SETTING_NAMES:
