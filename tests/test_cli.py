@@ -36,7 +36,7 @@ def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
         (["train", "--epochs", "many"], 2, "epochs"),
         (["train", "--rate", "1"], 2, "rate"),
         (["fly"], 2, "unknown command 'fly'"),
-        (["validate", "nowhere"], 2, "results.json does not exist"),
+        (["validate", "nowhere"], 2, "nowhere does not exist; expected the folder of a run"),
     ],
 )
 def test_user_errors_exit_with_2_and_a_message(words, code, message, capsys):

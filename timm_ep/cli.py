@@ -1,12 +1,16 @@
 """`timm-ep COMMAND …`: each command is a dataclass whose fields are its options and whose `run` does the work."""
 
 import dataclasses
+import io
+import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -35,11 +39,25 @@ _USAGE = f"""usage: timm-ep {{{",".join(COMMANDS)}}} …
 Options of a command: timm-ep COMMAND --help
 """
 
+# Errors whose messages are written for users.
+_EXPLAINED = (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError)
+_VARIABLE = re.compile(r"\$(\w|\{\w+\})")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 2 and a one-line message on a user's error."""
+    """Run the command line; exits with 2 and a one-line message on a user's error, silently where nobody reads on."""
     keep_freed_memory()
-    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may be of any alphabet, or no text at all
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes nowhere
+        sys.exit(128 + 13)
+
+
+def _main(words: list[str]) -> None:
     if not words or words[0] not in (*COMMANDS, "run"):
         helped = words[:1] in ([], ["-h"], ["--help"])
         (sys.stdout if helped else sys.stderr).write(_USAGE if helped else f"unknown command {words[0]!r}\n{_USAGE}")
@@ -55,14 +73,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = getattr(import_module(module), command)
     parser = ArgumentParser(prog=f"timm-ep {name}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; others override it")
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
     flags = {option.name for option in dataclasses.fields(kind) if option.type is bool}
     config = parser.parse_args(_with_values([_underscored(option) for option in options], flags))
+    debug = config.pop("debug")
     del config["config"]
     try:
-        kind(**vars(parser.instantiate(config))).run()
-    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError) as error:
-        parser.exit(2, f"timm-ep {name}: error: {redacted(str(error))}\n")
+        values = vars(parser.instantiate(config))
+        kind(**{key: _found(value) for key, value in values.items()}).run()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = redacted(str(error))
+        if isinstance(error, _EXPLAINED):
+            parser.exit(2, f"timm-ep {name}: error: {message}\n")
+        parser.exit(1, f"timm-ep {name}: unexpected {type(error).__name__}: {message}\n--debug shows where it arose.\n")
+
+
+def _found(value: Any) -> Any:
+    """A path with `~` and variables of the environment put in; the shell does so only for words that begin with them.
+
+    Raises:
+        ValueError: a variable that is not set, or a user that is not known.
+    """
+    if isinstance(value, list):
+        return [_found(item) for item in value]
+    if isinstance(value, Path):
+        return Path(_expanded(str(value)))
+    if isinstance(value, str) and value.startswith(("local-dir:", "hfds/")):
+        kind = value[: value.index(value[9 if value.startswith("local") else 4]) + 1]
+        return kind + _expanded(value.removeprefix(kind))
+    return value
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if (expanded.startswith("~") or _VARIABLE.search(expanded)) and not os.path.exists(expanded):
+        raise ValueError(f"{path} has a user or a variable of the environment that is not known here.")
+    return expanded
 
 
 def run_script(words: Sequence[str]) -> None:

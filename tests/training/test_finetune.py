@@ -72,7 +72,7 @@ def equal(ours, theirs):
 def test_a_name_with_a_tag_starts_from_its_weights_and_leaves_a_run_like_any_other(few, tmp_path, capsys):
     """Body, mean and std are the shipped ones; the read-out is new; the run can be tested and predicted with."""
     options = TrainingOptions(**QUICK, **few, model=SHIPPED, pretrained=True)
-    images, model = open_images(options)
+    images, model = open_images(options, open_data(options.dataset, options.data_dir))
     shipped = timm.create_model(SHIPPED, pretrained=True)
     assert (images.mean, images.std) == ((0.449,) * 3, (0.226,) * 3)
     assert model.head.fc.weight.shape == (3, 128)
@@ -107,7 +107,7 @@ def test_colour_weights_fitted_to_one_channel_settle_alike_for_grey_images(tmp_p
 
 def test_a_run_is_a_start_with_its_weights_settings_and_preparation(start, few):
     base = {**QUICK, **few, "initial_checkpoint": start}
-    images, model = open_images(TrainingOptions(**base))
+    images, model = open_images(TrainingOptions(**base), open_data(base["dataset"], base["data_dir"]))
     assert (model.feedback, model.pool, model.gradient) == (0.03, "max", "ep")
     trained, _ = load_run(start)
     assert equal(body_of(model), {k: v for k, v in body_of(trained).items() if not k.startswith("layers.0")})
@@ -124,7 +124,7 @@ def test_a_file_of_weights_alone_is_a_start(start, few, tmp_path):
     trained, _ = load_run(start)
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     options = TrainingOptions(**QUICK, **few, initial_checkpoint=tmp_path / "weights.safetensors", model_args=NARROW)
-    images, model = open_images(options)
+    images, model = open_images(options, open_data(options.dataset, options.data_dir))
     assert equal(body_of(model), {k: v for k, v in body_of(trained).items() if not k.startswith("layers.0")})
     digits = create_model(options, open_data("digits"))
     assert equal(digits.state_dict(), trained.state_dict())  # read-out and first convolution fit as they are
@@ -167,7 +167,7 @@ def test_only_checked_safetensors_are_a_start(start, few, tmp_path):
     torch.save({}, tmp_path / "weights.pth")
     (tmp_path / "broken.safetensors").write_bytes((start / "model.safetensors").read_bytes()[:-8])
     for name, error, message in (
-        ("weights.pth", ValueError, "announces a header|not a safetensors file"),
+        ("weights.pth", ValueError, "announces a header|not a safetensors file|may run code"),
         ("broken.safetensors", ValueError, "not a safetensors file"),
         ("nowhere.safetensors", FileNotFoundError, "nowhere.safetensors does not exist"),
     ):
@@ -205,7 +205,7 @@ def test_a_frozen_body_runs_no_nudged_phase(preset, monkeypatch):
     """The read-out and the signals learn by their own gradient at the free states."""
     calls = []
     for name in ("equilibrium", "live"):
-        module = importlib.import_module(f"timm_ep.{name}")
+        module = importlib.import_module(f"timm_ep.core.{name}")
         monkeypatch.setattr(
             module, "nudged_phase", lambda *a, **k: calls.append(1) or nudged_phase.nudged_phase(*a, **k)
         )

@@ -185,8 +185,8 @@ def test_the_teacher_is_asked_once_for_each_image_and_its_answers_are_its_own(tm
     monkeypatch.setattr(loop.EpTask, "forward", checking)
     options = {**OPTIONS, "epochs": 2, "teacher": str(teacher_run), "distill_logits": 0.5, "distill_features": 0.1}
     facts = Trainer(**options, cache_teacher=True, val_split=0.25, output=tmp_path / "student").run()
-    assert asked[0] == facts.n_train == 96
-    assert asked[1:] == [16, 16]  # the images on which the layers are measured after each epoch
+    assert sum(asked[:6]) == facts.n_train == 96
+    assert asked[6:] == [16, 16]  # the images on which the layers are measured after each epoch
     assert sum(checked) == 192 + 2 * 16
     assert facts.signals == {"distill_features": 0.1, "distill_logits": 0.5}
 
@@ -229,7 +229,6 @@ def test_a_finished_run_does_not_fail_for_want_of_matplotlib(tmp_path, monkeypat
         ({"lr": float("nan")}, "lr=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"val_split": 1.5}, r"val_split=1\.5 is no share"),
-        ({"patience": 3}, "patience=3 needs images to judge by: set val_split"),
         ({"mixup": 0.2, "batch_size": 15}, "batch_size=15 is odd"),
         ({"checkpoint_interval": "soon"}, "checkpoint_interval='soon' is unknown; give updates, like 500, or seconds"),
         ({"checkpoint_interval": "-5"}, "checkpoint_interval='-5'"),
@@ -251,7 +250,9 @@ def test_bad_options_are_named_before_anything_runs(options, message):
         ({"train_images": 10}, "10 training images are less than a batch of 16"),
         ({"grad_accum_steps": 9}, "128 training images are less than a batch of 144; lower batch_size or grad_accum"),
         ({"model_args": {"num_classes": 7}}, "model_args has num_classes=7, but the images of digits have 10"),
-        ({"model_args": {"in_chans": 3}}, "model_args has in_chans=3, but the images of digits have 1"),
+        ({"model_args": {"in_chans": 5}}, "in_chans=5, but images are seen in grey"),
+        ({"model_args": {"in_chans": 1}, "in_chans": 3}, "model_args has in_chans=1, but the images of digits have 3"),
+        ({"patience": 3}, "patience=3 needs images to judge by: set val_split"),
         ({"model": "test_resnet", "model_args": {}, "gradient": "bptt"}, "gradient=bptt chooses between"),
         ({"img_size": 8}, "too small: 4 poolings need at least 16×16"),
         ({"model": "no_such_model"}, "no_such_model"),

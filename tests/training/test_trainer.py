@@ -41,6 +41,7 @@ def test_a_run_learns_and_writes_what_timm_loads(run):
         "config.json",
         "summary.csv",
         "results.json",
+        ".lock",
         "args.yaml",
         "layers.csv",
         "settling.csv",
@@ -76,13 +77,14 @@ def test_prediction_names_classes_of_files_and_folders(run, tmp_path, capsys):
     assert "test image 0 (a " in capsys.readouterr().out
 
 
-def test_prediction_refuses_what_is_no_image(run, tmp_path):
+def test_prediction_refuses_what_is_no_image(run, tmp_path, capsys):
     (tmp_path / "x.png").write_text("not an image")
-    with pytest.raises(ValueError, match="is not an image that Pillow can read"):
+    with pytest.raises(SystemExit, match="1"):
         Predict(run[0], tmp_path).run()
+    assert f"1 images could not be read:\n{tmp_path / 'x.png'}: cannot identify" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Predict(run[0], tmp_path / "nowhere").run()
-    with pytest.raises(FileNotFoundError, match="does not exist; training writes it"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         load_run(tmp_path)
 
 

@@ -3,11 +3,16 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["creating", "replacing"]
+from filelock import FileLock, Timeout
+
+__all__ = ["creating", "only_one", "replacing"]
+
+_LOCK_SECONDS = 3.0  # a killed owner's own processes, which hold the lock too, end in less
 
 
 @contextmanager
@@ -31,11 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on the disk once its folder is
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # the new name is on the disk once its folder is
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,19 +51,76 @@ def creating(folder: str | os.PathLike[str]) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already, and nothing is overwritten; remove it or choose another.")
+    there = folder.is_dir()  # where one works in it, or something is mounted on it, it cannot be replaced but filled
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder if there else folder.parent, prefix=f".{folder.name}-"))
     try:
         yield temporary
         for path in (temporary, *temporary.iterdir()):
             _make_readable(path)
-        os.replace(temporary, folder)  # an empty folder may be replaced
+        if there:
+            for path in list(temporary.iterdir()):
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_one(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """While inside, no other process is: the lock ends with its owner, however that ends.
+
+    Args:
+        folder: to lock; made if need be, and removed again on failure if nothing else was written to it.
+
+    Raises:
+        FileExistsError: another process is inside.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout:
+        raise FileExistsError(
+            f"Another process is writing to {folder}; wait for it or stop it, or choose another folder."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        warnings.warn(f"{folder} cannot be locked ({error}): start nothing else there.", stacklevel=3)
+    try:
+        yield
+    except BaseException:
+        if made and not [other for other in folder.iterdir() if other != path]:
+            path.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _sync(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # not every file system can, such as those over a network
+        warnings.warn(
+            f"{folder} cannot be synced ({error}): after a power cut the newest file may be lost.", stacklevel=4
+        )
 
 
 def _make_readable(path: Path) -> None:
     """Temporary files are private; a result is to be as readable as any other file of the user."""
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    try:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    except OSError as error:  # not every file system has permissions
+        warnings.warn(f"The permissions of {path.name} cannot be set ({error}).", stacklevel=4)

@@ -1,10 +1,9 @@
 """Labelled images: scikit-learn's digits, class folders and tars, the datasets of torchvision and of Hugging Face."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -13,20 +12,15 @@ from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "val", "validation", "eval")
+from timm_ep.data.folders import ClassFolders, ClassTar, passed_over_line
+from timm_ep.data.pictures import Pictures
 
-
-# What Pillow raises for files that are no images, are cut off or damaged, or unpack to an absurd size.
-IMAGE_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
-
-
-class UnreadableImage(ValueError):
-    """A file that should be an image and cannot be read."""
-
-    def __init__(self, message: str) -> None:
-        # From a process that loads images it arrives as the last line of a traceback.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+# Folders (or tars, or splits of the Hub) by what they are for.
+PARTS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "eval"),
+    "test": ("test", "testing"),
+}
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -58,53 +52,26 @@ class Digits(Dataset[tuple[Any, int]]):
         return self.transform(image) if self.transform else image, int(self.targets[index])
 
 
-class ReaderImages(Dataset[tuple[Any, int]]):
-    """RGB images of one of timm's readers. Unlike timm's own dataset it never passes over a file that it cannot read.
+class HubPictures(Pictures):
+    """The pictures of a dataset of Hugging Face.
 
     Args:
-        dataset: of timm, with a reader.
+        dataset: of timm, with the reader of such datasets.
+        title: of dataset and split, for messages.
     """
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: ImageDataset, title: str) -> None:
         self.reader: Any = dataset.reader
-        # timm's tar reader names it differently.
-        self.class_to_idx: dict[str, int] = getattr(self.reader, "class_to_idx", None) or self.reader.class_name_to_idx
-        self.classes = tuple(sorted(self.class_to_idx, key=self.class_to_idx.__getitem__))
-        self.transform: Callable[[Image.Image], Any] | None = None
-        self._process = os.getpid()
+        self.title = title
+        names: dict[str, int] = self.reader.class_to_idx
+        self.classes = tuple(sorted(names, key=names.__getitem__))
+        self.targets = [int(label) for label in self.reader.iter_targets()]
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def open(self, index: int) -> IO[bytes]:
+        return self.reader[index][0]
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        if self._process != os.getpid():  # a tar that was opened before a fork shares its position with its siblings
-            self._process = os.getpid()
-            _close_tars(getattr(self.reader, "tar_state", None))
-        try:
-            file, label = self.reader[index]
-            with file:
-                image = Image.open(file).convert("RGB")
-        except IMAGE_ERRORS as error:
-            raise UnreadableImage(
-                f"{self.reader.filename(index, absolute=True)} is not an image that Pillow can read ({error}). Repair "
-                "or remove it."
-            ) from error
-        return self.transform(image) if self.transform else image, int(label)
-
-    @property
-    def targets(self) -> list[int]:
-        """The labels, without reading an image."""
-        if hasattr(self.reader, "iter_targets"):
-            return [int(label) for label in self.reader.iter_targets()]
-        if hasattr(self.reader, "targets"):
-            return [int(label) for label in self.reader.targets]
-        return [int(label) for _, label in self.reader.samples]
-
-
-def _close_tars(state: Any) -> None:
-    for each in state.values() if isinstance(state, dict) else [state] if state else []:
-        each.reset()
-        _close_tars(each.children)
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
 
 
 @dataclass(frozen=True)
@@ -116,22 +83,28 @@ class DataSource:
         test: test images; not for choosing anything.
         classes: names in the order of the labels.
         channels: 1 for grey images, else 3.
+        validation: images to choose the best epoch by, where there are such; the same as `test` where there are no
+            others.
+        notes: lines that the user should read: what was passed over.
     """
 
     train: Any
     test: Any
     classes: tuple[str, ...]
     channels: int
+    validation: Any = None
+    notes: tuple[str, ...] = ()
 
 
 def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
     """Find a dataset.
 
     Args:
-        name: `digits` (embedded); `folder` (class folders or tars in `data_dir`: `train` and `test` or `val`, or
-            `train.tar` and so on, read by timm); `torch/NAME` for torchvision's (`torch/cifar10`, `torch/cifar100`,
-            `torch/mnist`, `torch/kmnist`, `torch/fashion_mnist`), already in `data_dir`; or `hfds/NAME` for a dataset
-            of the Hugging Face Hub or a local folder of one, fetched into `data_dir` or the usual cache.
+        name: `digits` (embedded); `folder`: class folders (see `timm_ep.data.folders`) in the folders `train`, `test`
+            and, to choose the best epoch by, `val` of `data_dir`, or in the tars `train.tar` and so on; `torch/NAME`
+            for torchvision's (`torch/cifar10`, `torch/cifar100`, `torch/mnist`, `torch/kmnist`,
+            `torch/fashion_mnist`), already in `data_dir`; or `hfds/NAME` for a dataset of the Hugging Face Hub or a
+            local folder of one, fetched into `data_dir` or the usual cache.
         data_dir: where the images are; not needed for `digits` and `hfds/`.
 
     Raises:
@@ -167,35 +140,59 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
 
 
 def _open_folder(data_dir: Path) -> DataSource:
-    parts: list[ReaderImages] = []
-    found: list[str] = []
-    for names in (TRAIN_NAMES, TEST_NAMES):
-        candidates = [data_dir / f"{name}{suffix}" for name in names for suffix in ("", ".tar")]
-        path = next((path for path in candidates if path.exists()), None)
-        if path is None:
-            looked = ", ".join(path.name for path in candidates)
-            raise FileNotFoundError(f"{data_dir} has none of {looked}; expected one folder (or tar) of class folders.")
-        try:
-            parts.append(ReaderImages(create_dataset("", str(path))))
-        except RuntimeError as error:
-            raise FileNotFoundError(f"{path} has no images in class folders: {error}") from error
-        found.append(str(path))
-    return _matched(parts[0], parts[1], *found)
+    paths = _find_parts(data_dir)
+    parts: dict[str, Any] = {use: (ClassFolders if path.is_dir() else ClassTar)(path) for use, path in paths.items()}
+    train = parts["train"]
+    notes = [line for use, part in parts.items() for line in passed_over_line(paths[use].name, part.passed_over)]
+    for use, part in parts.items():
+        if set(part.classes) - set(train.classes):
+            raise _differing(train.classes, part.classes, paths["train"], paths[use])
+        if lacking := [name for name in train.classes if name not in part.classes]:
+            notes.append(f"{paths[use].name}: no image of {len(lacking)} classes, such as {lacking[0]}")
+        part.renumber(train.classes)
+    return _source(parts, notes, train.classes)
 
 
-def _matched(train: ReaderImages, test: ReaderImages, train_name: str, test_name: str) -> DataSource:
-    """Both parts, if they have the same classes."""
-    if train.class_to_idx != test.class_to_idx:
-        missing = [
-            f"{where} lacks {sorted(lacked)[:10]}"
-            for where, lacked in (
-                (train_name, test.class_to_idx.keys() - train.class_to_idx.keys()),
-                (test_name, train.class_to_idx.keys() - test.class_to_idx.keys()),
+def _find_parts(data_dir: Path) -> dict[str, Path]:
+    """The folder or tar of each use."""
+    found: dict[str, Path] = {}
+    for path in sorted(data_dir.iterdir()):  # a folder comes before its tar
+        name = path.name.lower()
+        stem = name.removesuffix(".tar") if path.is_file() else name
+        for use, names in PARTS.items():
+            if stem not in names or not (path.is_dir() or name.endswith(".tar")):
+                continue
+            if use not in found:
+                found[use] = path
+            elif found[use].name.lower() != stem:  # the tar that a folder was unpacked from may lie beside it
+                raise ValueError(
+                    f"{data_dir} has {found[use].name} and {path.name}, either of which may be the {use} images; keep "
+                    "one under such a name."
+                )
+    for use, needed in (("train", ("train",)), ("test", ("test", "validation"))):
+        if not found.keys() & set(needed):
+            looked = ", ".join(f"{name}, {name}.tar" for part in needed for name in PARTS[part])
+            raise FileNotFoundError(
+                f"{data_dir} has none of {looked}; expected one folder (or tar) of class folders with {use} images."
             )
+    return found
+
+
+def _source(parts: dict[str, Any], notes: Sequence[str], classes: tuple[str, ...]) -> DataSource:
+    validation = parts.get("validation")
+    return DataSource(parts["train"], parts.get("test", validation), classes, 3, validation, tuple(notes))
+
+
+def _differing(train: Sequence[str], other: Sequence[str], train_name: Any, other_name: Any) -> ValueError:
+    missing = (
+        [
+            f"{where} lacks {sorted(lacked)[:10]!a}"  # so that names that look alike do not
+            for where, lacked in ((train_name, set(other) - set(train)), (other_name, set(train) - set(other)))
             if lacked
         ]
-        raise ValueError(f"The classes of the training and the test images differ: {'; '.join(missing)}.")
-    return DataSource(train, test, train.classes, 3)
+        or [f"the order is {train[:10]!a} in {train_name}, {other[:10]!a} in {other_name}"]
+    )
+    return ValueError(f"The classes of the images differ: {'; '.join(missing)}.")
 
 
 def _open_hugging_face(name: str, data_dir: str | Path | None) -> DataSource:
@@ -208,18 +205,26 @@ def _open_hugging_face(name: str, data_dir: str | Path | None) -> DataSource:
         parts = datasets.load_dataset(name.removeprefix("hfds/"), cache_dir=root)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"No dataset {name}: {error}") from error
-    splits = [next((split for split in names if split in parts), None) for names in (TRAIN_NAMES, TEST_NAMES)]
-    if None in splits:
+    splits = {use: next((split for split in names if split in parts), None) for use, names in PARTS.items()}
+    if not splits["train"] or not (splits["test"] or splits["validation"]):
         raise ValueError(f"{name} has the splits {sorted(parts)}; expected train, and test or validation.")
-    features = parts[splits[0]].features
+    features = parts[splits["train"]].features
     keys = {
         key: next((column for column, feature in features.items() if isinstance(feature, kind)), None)
         for key, kind in (("input_key", datasets.Image), ("target_key", datasets.ClassLabel))
     }
     if None in keys.values():
         raise ValueError(f"{name} has the columns {dict(features)}; expected one of images and one of class labels.")
-    train, test = (ReaderImages(create_dataset(name, root, split=split, **keys)) for split in splits)
-    return _matched(train, test, *(f"{name}, split {split}," for split in splits))
+    opened = {
+        use: HubPictures(create_dataset(name, root, split=split, **keys), f"{name}, split {split},")
+        for use, split in splits.items()
+        if split
+    }
+    train = opened["train"]
+    for part in opened.values():
+        if part.classes != train.classes:
+            raise _differing(train.classes, part.classes, train.title, part.title)
+    return _source(opened, [], train.classes)
 
 
 def labels_of(dataset: Any) -> list[int] | None:

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any, Literal
 
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
+
+from timm_ep.data.pictures import as_shown
 
 __all__ = ["Augment", "augmentation", "channel_values", "image_transform", "run_transform"]
 
@@ -42,7 +43,7 @@ def image_transform(
     transform = create_transform(
         sides, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
     )
-    convert = partial(Image.Image.convert, mode="L" if len(mean) == 1 else "RGB")
+    convert = partial(as_shown, mode="L" if len(mean) == 1 else "RGB")
     return transforms.Compose([convert, *transform.transforms])
 
 

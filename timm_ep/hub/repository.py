@@ -15,18 +15,21 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import load_state_dict
+from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
+from timm_ep.base.text import is_plain_text
 from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.models import EpVgg
 
 __all__ = [
     "CONFIG_NAME",
+    "PICKLES",
     "TEXT_LIMIT",
     "WEIGHTS_NAME",
     "load",
     "load_checkpoint",
+    "named_architecture",
     "read_config",
     "tensor_shapes",
     "verify",
@@ -40,7 +43,7 @@ WEIGHTS_NAME = "model.safetensors"
 TEXT_LIMIT = 4_000_000  # bytes of config.json, enough for 100,000 class names
 
 _HEADER_LIMIT = 1_000_000  # bytes; the deepest net needs 10,000
-_PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
+PICKLES = (".bin", ".pth", ".pt", ".pkl", ".ckpt", ".tar")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Accepts = Callable[[Any], bool]
@@ -59,7 +62,7 @@ def _is_list(item: Accepts, low: int, high: int) -> Accepts:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 10_000 and value.isprintable()
+    return is_plain_text(value) and len(value) <= 10_000
 
 
 def _is_one_of(*choices: Any) -> Accepts:
@@ -240,13 +243,15 @@ def verify_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             found = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
-            _check_tensors(path, model, found, file.get_tensor)
+            names = clean_state_dict({name: name for name in found})  # as timm will read them: `module.` and so on
+            found = clean_state_dict(found)
+            _check_tensors(path, model, found, lambda name: file.get_tensor(names[name]))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file, without reading any.
+    """The shape of every tensor in a safetensors file, without reading any; names without timm's wrappers' prefixes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -256,14 +261,15 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    return clean_state_dict(shapes)
 
 
 def _check_header(path: Path) -> None:
     if not path.is_file():
-        pickles = sorted(file.name for file in path.parent.glob("*") if file.suffix in _PICKLES)
+        pickles = sorted(file.name for file in path.parent.glob("*") if file.suffix in PICKLES)
         found = f" Of {pickles}, which may run code when read, none is opened." if pickles else ""
         raise FileNotFoundError(f"{path} does not exist; only safetensors are read.{found}")
     with path.open("rb") as file:
@@ -300,6 +306,15 @@ def verify(folder: str | os.PathLike[str]) -> nn.Module:
     model = verify_config(Path(folder) / CONFIG_NAME)
     verify_weights(Path(folder) / WEIGHTS_NAME, model)
     return model
+
+
+def named_architecture(folder: str | os.PathLike[str]) -> str | None:
+    """The architecture that a folder's config.json names; None for this package's, or where it is to be found wrong."""
+    try:
+        name = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return name if isinstance(name, str) and timm.is_model(name) and not _is_ours(name) else None
 
 
 def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.Module:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +17,7 @@ from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.data.datasets import create_loader, limit, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
+from timm_ep.models.named import create_named
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.training.evaluate import feedback_share, load_run
@@ -207,7 +207,7 @@ class Gradcheck:
             model, facts = load_run(name)
         else:
             shape = {"num_classes": len(data.classes), "in_chans": data.channels}
-            model = timm.create_model(name, **shape, **self.model_args)
+            model = create_named(name, **shape, **self.model_args)
         if not isinstance(model, EpVgg):
             raise ValueError(f"{name} is no ep_vgg*: it has no settling to check.")
         model.settings = replace(model.settings, **changes)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.data.datasets import DataSource, create_loader, limit, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
+from timm_ep.models.named import create_named
 from timm_ep.signals.task import EpTask
 from timm_ep.studies.measure import Step
 from timm_ep.training.evaluate import load_run
@@ -97,7 +97,7 @@ class Workload:
             shape = {"num_classes": len(data.classes), "in_chans": data.channels}
         elif not self.pretrained:
             shape = {"num_classes": self.classes}
-        return timm.create_model(self.model, pretrained=self.pretrained, **shape, **self.model_args)
+        return create_named(self.model, pretrained=self.pretrained, **shape, **self.model_args)
 
 
 def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:

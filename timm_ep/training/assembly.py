@@ -1,6 +1,8 @@
 """From options to a training loop: images, model, signals and teacher, optimizer and schedule."""
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import timm
@@ -11,27 +13,36 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import freeze
 from torch import nn
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
+from timm_ep.base.text import same_name
+from timm_ep.data.damaged import damaged_images, without_images
 from timm_ep.data.datasets import DataSource, create_loader, labels_of, limit, open_data, split_off
 from timm_ep.data.loader import EpochOrder, Samples, training_loader
+from timm_ep.data.pictures import UnreadableImage
 from timm_ep.data.transforms import augmentation, channel_values, image_transform
-from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, tensor_shapes, verify, verify_weights
+from timm_ep.hub.repository import (
+    CONFIG_NAME,
+    PICKLES,
+    WEIGHTS_NAME,
+    tensor_shapes,
+    verify,
+    verify_weights,
+)
 from timm_ep.models import EpVgg
+from timm_ep.models.named import create_named
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import Teacher, TeacherCache, create_teacher
-from timm_ep.training.checkpoints import CheckpointStore
+from timm_ep.training.checkpoints import CheckpointStore, unfinished
 from timm_ep.training.distributed import World
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
 from timm_ep.training.options import TrainingOptions
 
-__all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "plain_loader"]
-
-_TEST_BATCH = 256
+__all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "open_source", "plain_loader"]
 
 
 class RunImages(NamedTuple):
@@ -45,16 +56,53 @@ class RunImages(NamedTuple):
     std: tuple[float, ...]
 
 
-def open_images(options: TrainingOptions) -> tuple[RunImages, nn.Module]:
+def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -> tuple[DataSource, dict[str, str]]:
+    """The images as the model is to see them, and why some are left out, by their names.
+
+    Args:
+        options: of the training.
+        world: the processes, which share out the search for damaged images.
+        state: of the run that is resumed, in which those were left out that it names; empty for a new one.
+
+    Raises:
+        ValueError: images of one class, or of other channels than grey or colour.
+    """
+    source = open_data(options.dataset, options.data_dir)
+    channels = options.in_chans or options.model_args.get("in_chans", source.channels)
+    if channels not in (1, 3):
+        raise ValueError(f"in_chans={channels}, but images are seen in grey (1) or in colour (3).")
+    if len(source.classes) < 2:
+        raise ValueError(f"{options.dataset} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
+    left_out: dict[str, str] = {}
+    if options.bad_images == "skip":
+        if state:
+            left_out = state["identity"]["bad_images"]
+        else:
+            for found in world.gather(damaged_images(source, options.workers, world.rank, world.size)):
+                left_out |= found
+        source = without_images(source, list(left_out))
+    return replace(source, channels=channels), left_out
+
+
+def open_images(options: TrainingOptions, source: DataSource) -> tuple[RunImages, nn.Module]:
     """The images and the model for them, checked against each other.
 
     Raises:
         ValueError: they do not fit, or there are fewer images than one update takes.
     """
-    source = open_data(options.dataset, options.data_dir)
-    train, validation = limit(source.train, options.train_images), None
+    train, validation = limit(source.train, options.train_images), source.validation
     if options.val_split:
+        if validation is not source.test and validation is not None:
+            raise ValueError(
+                f"val_split={options.val_split}, but {options.dataset} has validation images of its own; choose one "
+                "(val_split=0 takes those)."
+            )
         train, validation = split_off(train, options.val_split)
+    if options.patience and validation is None:
+        raise ValueError(
+            f"patience={options.patience} needs images to judge by: set val_split, for example to 0.1, or have them in "
+            "a folder `val` beside `train` and `test`. Test images choose nothing."
+        )
     update = options.batch_size * options.grad_accum_steps
     if len(train) < update:
         raise ValueError(
@@ -80,13 +128,18 @@ def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
                 "leave it out, it follows from the images."
             )
     start = _start(options)
-    model = timm.create_model(**start, **{**options.model_args, **given})
+    model: Any = create_named(**start, **{**options.model_args, **given})
     architecture = model.pretrained_cfg["architecture"]
     if options.initial_checkpoint is not None and architecture != _architecture(options):
         raise ValueError(
             f"{options.initial_checkpoint} holds the weights of {architecture}, not of {options.model}; give --model "
             f"{architecture}."
         )
+    known, names = model.pretrained_cfg.get("label_names"), list(source.classes)
+    if start["pretrained"] and known and len(known) == len(names) and [*map(same_name, known)] != names:
+        # As many classes, but others: timm cannot see that, and would keep the read-out of those.
+        model.reset_classifier(len(names))
+        print(f"the read-out is new: the weights know the classes {list(known)[:5]!a}…", file=sys.stderr)
     if isinstance(model, EpVgg):
         model.gradient = options.model_args.get("gradient", options.gradient)
     elif options.gradient != "ep":
@@ -104,7 +157,14 @@ def _start(options: TrainingOptions) -> dict[str, Any]:
     if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).exists():
         path = path.parent
     architecture = _architecture(options)
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"initial_checkpoint={path} may run code when it is read, and is not opened: only safetensors are. Of a "
+            "training of this package give the run's folder; save others' tensors by safetensors.torch.save_file."
+        )
     if path.is_dir():
+        if not (path / WEIGHTS_NAME).is_file() and (path / "checkpoints").is_dir():
+            raise FileNotFoundError(unfinished(path))
         # timm itself compares the tensors of other models; it must not come to reading a pickle.
         _ = verify(path) if architecture.startswith("ep_vgg") else tensor_shapes(path / WEIGHTS_NAME)
         return {"model_name": f"local-dir:{path}", "pretrained": True}
@@ -153,8 +213,13 @@ def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) 
             f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
         )
     image = image_transform(images.size, images.mean, images.std)(images.train[0][0])
-    with torch.no_grad():
-        logits = model.eval()(image[None])
+    try:
+        with torch.no_grad():
+            logits = model.eval()(image[None])
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{options.model} refuses images of {images.size}×{images.size} pixels ({error}); choose another img_size."
+        ) from error
     if logits.shape != (1, len(source.classes)):
         raise ValueError(
             f"{options.model} gives {tuple(logits.shape)} for an image of {source.channels} channels and "
@@ -182,17 +247,7 @@ def create_loop(
         identity: of the run besides its options, for checkpoints.
         state: to go on from; empty to start.
     """
-    transform = augmentation(
-        images.size,
-        images.mean,
-        images.std,
-        options.augment,
-        hflip=options.hflip,
-        vflip=options.vflip,
-        color_jitter=options.color_jitter,
-        auto_augment=options.aa,
-        re_prob=options.reprob,
-    )
+    transform = _augmentation(options, images)
     samples = Samples(images.train, transform, options.seed)
     order = EpochOrder(len(samples), options.batch_size, options.seed, world.rank, world.size, options.grad_accum_steps)
     if not order.updates:
@@ -200,19 +255,15 @@ def create_loop(
             f"{len(samples)} training images are less than one update of {world.size} processes; lower batch_size."
         )
     task = _create_task(options, model, images, world)
-    optimizer = create_optimizer_v2(
-        task.get_trainable_module(),
-        opt=options.opt,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        **options.opt_kwargs,
-    )
+    optimizer = _create_optimizer(options, task)
     if options.model_ema:
         task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
     cache = None
     if options.cache_teacher and task.teacher is not None:
         cache = _fill_cache(options, task.teacher, images, world)
     if options.torchcompile:
+        if options.torchcompile not in (backends := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"torchcompile={options.torchcompile!r} is unknown; choose from {', '.join(backends)}.")
         task.compile(backend=options.torchcompile)
     if world.size > 1:
         device_ids = None if world.device.type == "cpu" else [world.device.index]
@@ -263,6 +314,42 @@ def create_loop(
         loop.restore(state)
         loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
     return loop
+
+
+def _augmentation(options: TrainingOptions, images: RunImages) -> Any:
+    try:
+        return augmentation(
+            images.size,
+            images.mean,
+            images.std,
+            options.augment,
+            hflip=options.hflip,
+            vflip=options.vflip,
+            color_jitter=options.color_jitter,
+            auto_augment=options.aa,
+            re_prob=options.reprob,
+        )
+    except (AssertionError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"aa={options.aa!r} is no automatic augmentation of timm ({error}); such are rand-m9-mstd0.5, "
+            "augmix-m5-w4, original, originalr, v0, v0r and 3a."
+        ) from error
+
+
+def _create_optimizer(options: TrainingOptions, task: EpTask) -> torch.optim.Optimizer:
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            task.get_trainable_module(),
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            **options.opt_kwargs,
+        )
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"opt={options.opt} does not work here: {error}.") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"opt={options.opt} needs second derivatives, which are not taken here; choose another.")
+    return optimizer
 
 
 def _create_mixup(options: TrainingOptions, classes: int) -> Mixup:
@@ -319,12 +406,30 @@ def _probe(options: TrainingOptions, images: RunImages) -> tuple[torch.Tensor, t
 
 def plain_loader(
     options: TrainingOptions, dataset: Any, images: RunImages, world: World | None = None
-) -> DataLoader[Any]:
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Images without augmentation, in order; with `world` those of this process."""
-    if world is not None and world.size > 1:
+    shared = world is not None and world.size > 1
+    if world is not None and shared:
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
-    return create_loader(samples, _TEST_BATCH, options.workers)
+    loader = create_loader(samples, options.batch_size, options.workers)
+    return _Together(loader, world) if world is not None and shared else loader
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Batches of each process, after which an image that any could not read is an error in all."""
+
+    loader: Iterable[Any]
+    world: World
+
+    def __iter__(self) -> Iterator[Any]:
+        failure = None
+        try:
+            yield from self.loader
+        except UnreadableImage as error:
+            failure = error
+        self.world.agree(failure)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from timm_ep.base.files import replacing
 
-__all__ = ["CheckpointStore", "UnusableCheckpoint", "load_checkpoint"]
+__all__ = ["CheckpointStore", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
 
 FORMAT = "timm_ep training checkpoint 1"
 
@@ -131,6 +131,14 @@ class Newest(NamedTuple):
     path: Path | None
     state: dict[str, Any]
     refused: list[str]
+
+
+def unfinished(run: Path) -> str:
+    """What to do about a run that left checkpoints and no weights: it was killed before it could write them."""
+    return (
+        f"{run} is of a training that was killed, and has checkpoints but no weights. Go on with it: timm-ep train "
+        f"--config {run / 'args.yaml'} --resume; stopped by Ctrl-C or SIGTERM, or at its end, it writes them."
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models.vgg import VGG
@@ -19,6 +18,7 @@ from timm_ep.data.datasets import create_loader, limit, open_data
 from timm_ep.data.transforms import channel_values, image_transform
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
+from timm_ep.models.named import create_named
 from timm_ep.models.weights import checkpoint_filter_fn
 from timm_ep.signals.teachers import load_trained
 from timm_ep.training.guard import layer_residuals
@@ -124,7 +124,7 @@ class Convert:
         size = self.img_size or cfg["input_size"][-1]
         name = self.model or "ep_" + source.pretrained_cfg["architecture"].removesuffix("_bn")
         args = {"pool": "max", "center_kernels": False, **self.model_args}
-        model: Any = timm.create_model(name, num_classes=len(data.classes), in_chans=source.in_chans, **args)
+        model: Any = create_named(name, num_classes=len(data.classes), in_chans=source.in_chans, **args)
         convert(source, model.eval())
         data.train.transform = image_transform(size, mean, std)
         batch, _ = next(iter(create_loader(limit(data.train, self.images), self.images)))

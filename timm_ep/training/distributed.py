@@ -46,6 +46,19 @@ class World:
         distributed.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, in every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise the first error that any process had in every one: none is left waiting for another."""
+        for each in self.gather(error):
+            if each is not None:
+                raise each
+
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:

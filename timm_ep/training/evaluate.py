@@ -2,21 +2,25 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from timm_ep.base.files import replacing
+from timm_ep.base.text import same_name
 from timm_ep.data.datasets import create_loader, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
-from timm_ep.hub.repository import load
+from timm_ep.hub.repository import WEIGHTS_NAME, load, named_architecture
 from timm_ep.models import EpVgg
 from timm_ep.signals.losses import readout_criterion
+from timm_ep.training.checkpoints import unfinished
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,27 @@ def feedback_share(model: EpVgg, images: Tensor) -> float:
         return max(float((settled - plain).norm() / settled.norm()) for settled, plain in pairs)
 
 
-def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts]:
-    """The model that training saved in the folder `run`, in eval mode, and the facts of the run.
+def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts | None]:
+    """The model in a folder, in eval mode, and the facts of its training: of a run that ended, of one that was stopped,
+    or of a model that `timm-ep pull` fetched. Facts that were never written, as of those that did not end, are None.
 
     Raises:
-        FileNotFoundError: not the folder of a finished run.
+        FileNotFoundError: no model in the folder.
         ValueError: a folder that does not pass the checks of `timm_ep.hub.repository`.
     """
-    facts = RunFacts.load(Path(run) / RESULTS_NAME)
-    return load(run, facts.architecture).to(device), facts
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} does not exist; expected the folder of a run, or of a model that was pulled.")
+    if not (run / WEIGHTS_NAME).exists() and (run / "checkpoints").is_dir():
+        raise FileNotFoundError(unfinished(run))
+    facts = RunFacts.load(run / RESULTS_NAME) if (run / RESULTS_NAME).exists() else None
+    return load(run, facts.architecture if facts else named_architecture(run)).to(device), facts
 
 
-def accuracy_line(top1: float, facts: RunFacts) -> str:
+def accuracy_line(top1: float, architecture: str, facts: RunFacts | None) -> str:
     """What training and `timm-ep validate` print last: the test accuracy, in percent, of the run with these facts."""
-    return f"accuracy: {top1:.2f} % ({facts.architecture}, {facts.train_seconds:.0f} s of training)"
+    known = f", {facts.train_seconds:.0f} s of training" if facts else ""
+    return f"accuracy: {top1:.2f} % ({architecture}{known})"
 
 
 @dataclass
@@ -97,7 +108,7 @@ class Validate:
         run_folder: folder that `timm-ep train` wrote.
         data_dir: where the images are, if not embedded.
         dataset: other images to test on, named as in training; by default those of the run.
-        batch_size: images at a time.
+        batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
         workers: processes that load images.
         output: also write the figures to this file, as JSON.
@@ -106,7 +117,7 @@ class Validate:
     run_folder: Path
     data_dir: Path | None = None
     dataset: str | None = None
-    batch_size: int = 256
+    batch_size: int = 64
     device: str = "cpu"
     workers: int = 0
     output: Path | None = None
@@ -118,20 +129,38 @@ class Validate:
             ValueError: images of other classes than the model's.
         """
         model, facts = load_run(self.run_folder, self.device)
-        data = open_data(self.dataset or facts.dataset, self.data_dir)
+        data = open_data(dataset_of(self.run_folder, facts, self.dataset), self.data_dir)
+        for note in data.notes:
+            print(f"warning: {note}", file=sys.stderr)
         if list(data.classes) != (names := label_names(model)):
-            raise ValueError(f"{self.run_folder} knows the classes {names[:10]}; the images have {data.classes[:10]}.")
+            raise ValueError(
+                f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
+            )
         data.test.transform = run_transform(model)
         result = evaluate(model, create_loader(data.test, self.batch_size, self.workers), self.device)
+        architecture = str(cast(Any, model).pretrained_cfg["architecture"])
         if self.output is not None:
             with replacing(self.output) as temporary:
-                values = {"architecture": facts.architecture, "n_test": len(data.test), **asdict(result)}
+                values = {"architecture": architecture, "n_test": len(data.test), **asdict(result)}
                 temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        print(accuracy_line(result.top1, facts))
+        print(accuracy_line(result.top1, architecture, facts))
         return result
 
 
 def label_names(model: Any) -> list[str]:
     """The names of a model's classes; their numbers where it has none."""
     names = model.pretrained_cfg.get("label_names")
-    return list(names) if names else [str(index) for index in range(model.num_classes)]
+    return [same_name(name) for name in names] if names else [str(index) for index in range(model.num_classes)]
+
+
+def dataset_of(run: Path, facts: RunFacts | None, chosen: str | None = None) -> str:
+    """The name of the images to test on: as chosen, or else those of the run.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    if chosen or facts:
+        return str(chosen or (facts and facts.dataset))
+    if (options := run / "args.yaml").exists():  # of a run that was stopped
+        return str(yaml.safe_load(options.read_text(encoding="utf-8"))["dataset"])
+    raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
 from timm_ep.base.files import replacing
 
@@ -56,7 +56,7 @@ class RunLog:
     ) -> None:
         self.folder, self.epochs, self.updates, self.primary = folder, epochs, updates, primary
         self.shown = primary and not quiet
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar: Any = None
         self.events: Any = None
         self.started, self.first = time.monotonic(), done

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_ep.data.loader import EpochOrder, seed_everything
+from timm_ep.data.pictures import UnreadableImage
 from timm_ep.models import EpVgg
 from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import TeacherCache
@@ -100,7 +102,7 @@ class TrainingLoop:
     scheduler: Any
     loader: DataLoader[Any]
     order: EpochOrder
-    validation: DataLoader[Any] | None
+    validation: Iterable[Any] | None
     world: World
     store: CheckpointStore
     log: RunLog
@@ -114,6 +116,7 @@ class TrainingLoop:
         half = self.options.amp and self.options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self._saved_at = time.monotonic()
+        self._unreadable: UnreadableImage | None = None
 
     @property
     def updates(self) -> int:
@@ -174,7 +177,7 @@ class TrainingLoop:
         batches = iter(self.loader)
         for _ in range(progress.update, self.order.updates):
             started = time.monotonic()
-            stop = self._update([next(batches) for _ in range(accumulate)], request.number)
+            stop = self._update(self._load(batches, accumulate), request.number)
             seconds = time.monotonic() - started
             progress.seconds += seconds
             progress.epoch_seconds += seconds
@@ -184,6 +187,18 @@ class TrainingLoop:
             if stop:
                 self.log.warn(f"stopped by signal {stop} after update {self.updates}; go on with --resume.")
                 raise Interrupted(stop)
+
+    def _load(self, batches: Iterator[Batch], count: int) -> list[Batch]:
+        """The batches of an update; blank ones where an image is unreadable, until the other processes learn of it."""
+        try:
+            return [next(batches) for _ in range(count)]
+        except UnreadableImage as error:
+            if self.world.size == 1 or self.probe is None:
+                raise
+            self._unreadable = error
+            images = torch.zeros_like(self.probe[0])
+            zeros = torch.zeros(len(images), dtype=torch.long)
+            return [(images, zeros, zeros)] * count
 
     def _update(self, batches: list[Batch], stop: int) -> int:
         """One update; returns the signal that asked any process to stop, or 0."""
@@ -213,9 +228,11 @@ class TrainingLoop:
         unsettled = guard.residual > options.max_residual
         count = sum(len(labels) for _, labels, _ in batches)
         # The one transfer of an update: whether to make it is decided on the host, alike in all processes.
-        loss, hits, seen, bad, worst, blown, *stops = self.world.sum(
-            [loss_sum, correct, count, damaged, unsettled, ~finite, stop == 15, stop == 2]
+        loss, hits, seen, lost, bad, worst, blown, *stops = self.world.sum(
+            [loss_sum, correct, count, self._unreadable is not None, damaged, unsettled, ~finite, stop == 15, stop == 2]
         )
+        if lost:
+            self.world.agree(self._unreadable)
         reason = guard.judge(loss / seen, bool(bad), not blown, not worst, options)
         if reason is None:
             if options.clip_grad:
@@ -315,7 +332,7 @@ class TrainingLoop:
         self.progress.layers += [{**epoch, **dataclasses.asdict(one)} for one in found.layers]
         self.progress.settling += [{**epoch, **dataclasses.asdict(one)} for one in found.settling]
 
-    def evaluate(self, loader: DataLoader[Any]) -> Evaluation:
+    def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Test what the training would give: the averaged weights if there are any, else the weights."""
         model: Any = self.task.get_eval_model(ema=self.task.has_ema())
         with self.autocast():

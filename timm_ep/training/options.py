@@ -1,6 +1,8 @@
 """The options of a training: declared here once, for the command line, YAML and Python; named as in timm's train.py."""
 
 import dataclasses
+import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ _FREE = {
     "log_tensorboard",
     "quiet",
 }
+_ONCE = {"resume", "overwrite"}  # for this start of the run alone
 
 
 @dataclass
@@ -46,9 +49,13 @@ class TrainingOptions:
         dataset: `digits` (embedded), `folder` (class folders or tars under `data_dir`), `torch/NAME` or `hfds/NAME`.
         data_dir: where the images are.
         train_images: train on a fixed random subset of this size.
-        val_split: share of the training images to set aside, to choose the best epoch by. 0 keeps all for training, and
-            the last epoch is the result. Test images choose nothing: they are looked at once, at the end.
+        val_split: share of the training images to set aside, to choose the best epoch by. 0 keeps all for training;
+            where the dataset has no validation images of its own, the last epoch is the result. Test images choose
+            nothing: they are looked at once, at the end.
+        bad_images: what to do with damaged images: `stop` at the first, naming it; or `skip` them: all are looked
+            through before training, and those that cannot be read are left out and listed in `output`/bad_images.txt.
         img_size: side of the images in pixels; by default the model's.
+        in_chans: 1 to see the images in grey, 3 in colour; by default as they are (those in files in colour).
         model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
             by the literature's algorithm, live forces included.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
@@ -131,7 +138,9 @@ class TrainingOptions:
     data_dir: Path | None = None
     train_images: int | None = None
     val_split: float = 0.0
+    bad_images: Literal["stop", "skip"] = "stop"
     img_size: int | None = None
+    in_chans: Literal[1, 3] | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     gradient: Literal["ep", "bptt", "backprop"] = "ep"
     local_error: float = 0.0
@@ -209,11 +218,6 @@ class TrainingOptions:
             )
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
-        if self.patience and not self.val_split:
-            raise ValueError(
-                f"patience={self.patience} needs images to judge by: set val_split, for example to 0.1. Test images "
-                "choose nothing."
-            )
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with the run in the output folder and overwrite discards it; choose one.")
         _ = self.interval
@@ -263,13 +267,24 @@ class TrainingOptions:
             raise ValueError(f"checkpoint_interval={text!r} is unknown; give updates, like 500, or seconds, like 600s.")
         return (None, float(value)) if kind is float else (int(value), None)
 
+    @property
+    def command(self) -> str:
+        """The command line that does the same, wherever the options came from."""
+        defaults = TrainingOptions().plain()
+        changed = {k: v for k, v in self.plain().items() if k not in _ONCE and v != defaults[k]}
+        words = [
+            f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in changed.items()
+        ]
+        return shlex.join(["timm-ep", "train", *words])
+
     def plain(self) -> dict[str, Any]:
         """The options as numbers, strings, lists and dicts."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def save(self, path: Path) -> None:
         """Write them as YAML, for `--config`; the switches for this one start of the run are left out."""
-        values = {name: value for name, value in self.plain().items() if name not in ("resume", "overwrite")}
+        values = {name: value for name, value in self.plain().items() if name not in _ONCE}
         with replacing(path) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 

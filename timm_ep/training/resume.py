@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from timm_ep.hub.cards import RESULTS_NAME
+from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
 from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.training.distributed import World
 from timm_ep.training.options import TrainingOptions
@@ -43,7 +44,7 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
     """Remove what the folder of an earlier run would be resumed or read from."""
     shutil.rmtree(store.folder, ignore_errors=True)
-    for name in (RESULTS_NAME, "summary.csv"):
+    for name in (RESULTS_NAME, "summary.csv", WEIGHTS_NAME, CONFIG_NAME, "bad_images.txt"):
         (options.output / name).unlink(missing_ok=True)
     shutil.rmtree(options.output / "tensorboard", ignore_errors=True)
 
@@ -78,6 +79,12 @@ def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dic
         raise ValueError(
             f"The run in {options.output} cannot be resumed with other options ({'; '.join(changed)}): it would be no "
             f"run of either. Give those in {options.output / 'args.yaml'}, or start a new run in another --output."
+        )
+    progress = state["progress"]
+    if options.epochs < (begun := progress["epoch"] + bool(progress["update"])):
+        raise ValueError(
+            f"The run in {options.output} is in epoch {begun} already, and cannot be one of {options.epochs}: give "
+            f"--epochs={begun} to end with that one, or more."
         )
     if world.primary and state["options"]["epochs"] != options.epochs:
         print(

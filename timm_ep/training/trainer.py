@@ -1,19 +1,21 @@
 """Training a model of timm's registry by EP, from options to a folder with weights that timm loads."""
 
 import dataclasses
-import shlex
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from timm_ep.base.files import only_one, replacing
+from timm_ep.data.datasets import DataSource
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
-from timm_ep.training.assembly import RunImages, create_loop, open_images, plain_loader
+from timm_ep.training.assembly import RunImages, create_loop, open_images, open_source, plain_loader
 from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.training.distributed import World, join_world
 from timm_ep.training.evaluate import accuracy_line, evaluate
@@ -21,6 +23,7 @@ from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import TrainingLoop
 from timm_ep.training.options import TrainingOptions
 from timm_ep.training.resume import check_resumed, discard, earlier_state
+from timm_ep.training.stopping import Interrupted
 
 
 @dataclass
@@ -43,20 +46,39 @@ class Trainer(TrainingOptions):
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(self.deterministic or deterministic)
         try:
-            with join_world(self.device) as world:
+            with join_world(self.device) as world, self._alone(world):
                 return self._run(world)
         finally:
             torch.use_deterministic_algorithms(deterministic)
+
+    @contextmanager
+    def _alone(self, world: World) -> Iterator[None]:
+        """Keep other trainings out of the output folder; what the first process finds there, all do."""
+        with ExitStack() as stack:
+            refused = None
+            try:
+                if world.primary:
+                    stack.enter_context(only_one(self.output))
+            except OSError as error:
+                refused = error
+            world.agree(refused)
+            yield
 
     def _run(self, world: World) -> RunFacts:
         store = CheckpointStore(self.output / "checkpoints")
         state = earlier_state(self, world, store)
         torch.manual_seed(self.seed)  # of the initial weights; all else is seeded by its position
-        images, model = open_images(self)
+        source, left_out = open_source(self, world, state)
+        images, model = open_images(self, source)
         model = model.to(world.device)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        identity = {"train_images": len(images.train), "classes": list(images.source.classes), "world": world.size}
+        identity = {
+            "train_images": len(images.train),
+            "classes": list(source.classes),
+            "world": world.size,
+            "bad_images": left_out,
+        }
         if state:
             check_resumed(self, state, identity, world)
         loop = create_loop(self, world, store, images, model, identity, state)
@@ -66,23 +88,36 @@ class Trainer(TrainingOptions):
                 if self.overwrite:  # only now that the options are known to be good
                     discard(self, store)
                 self.save(self.output / "args.yaml")
-            loop.run()
+                self._tell(loop.log, source, left_out)
+            try:
+                loop.run()
+            except Interrupted:
+                if world.primary:
+                    self._save_model(self._result(loop), images)  # so that it can be used as it is
+                raise
             facts = self._finish(loop, images, model)
         finally:
             loop.log.close()
         world.from_primary(None)  # nobody leaves before the primary process has written everything
         return facts
 
+    def _tell(self, log: RunLog, source: DataSource, left_out: dict[str, str]) -> None:
+        """What the user should know of the images before they are trained on."""
+        for note in source.notes:
+            log.warn(note)
+        if source.validation is not None and source.validation is source.test and not self.val_split:
+            log.warn("no test images: the best epoch is chosen by those that it is tested on, which flatters it")
+        if left_out:
+            with replacing(self.output / "bad_images.txt") as temporary:
+                lines = (f"{name}: {reason}\n" for name, reason in sorted(left_out.items()))
+                temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            log.warn(f"{len(left_out)} images cannot be read and are left out; see {self.output / 'bad_images.txt'}")
+
     def _finish(self, loop: TrainingLoop, images: RunImages, model: Any) -> RunFacts:
         """Test once, and write what the run is for."""
-        world, progress, task = loop.world, loop.progress, loop.task
-        if progress.best_epoch and progress.best_epoch != progress.epoch:
-            best = load_checkpoint(loop.store.best)
-            key = "state_dict_ema" if task.has_ema() else "state_dict"
-            task.load_checkpoint_state(best[key], best.get("task_state"), ema=task.has_ema())
-            loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
+        world, progress = loop.world, loop.progress
         # Without autocast, as the model is saved and as `timm-ep validate` will test it again.
-        averaged: Any = task.get_eval_model(ema=task.has_ema())
+        averaged = self._result(loop)
         tested = evaluate(
             averaged,
             plain_loader(self, images.source.test, images, world),
@@ -93,7 +128,7 @@ class Trainer(TrainingOptions):
         start = self.initial_checkpoint or (self.model if self.pretrained else None)
         facts = RunFacts(
             architecture=model.pretrained_cfg["architecture"],
-            command=shlex.join(["timm-ep", *sys.argv[1:]]),
+            command=self.command,
             seed=self.seed,
             dataset=self.dataset,
             n_train=len(images.train),
@@ -110,11 +145,24 @@ class Trainer(TrainingOptions):
         )
         if world.primary:
             loop.log.write(progress.rows)
-            save(self.output, averaged, images.source.classes, images.size, images.mean, images.std, self.model_args)
+            self._save_model(averaged, images)
             facts.save(self.output / RESULTS_NAME)
             self._plot(loop.log)
-            print(f"saved to {self.output}\n{accuracy_line(facts.top1, facts)}")
+            print(f"saved to {self.output}\n{accuracy_line(facts.top1, facts.architecture, facts)}")
         return facts
+
+    def _result(self, loop: TrainingLoop) -> Any:
+        """The model with what the training is for: the best weights in validation or else the last, averaged or not."""
+        progress, task = loop.progress, loop.task
+        if progress.best_epoch and (progress.best_epoch != progress.epoch or progress.update):
+            best = load_checkpoint(loop.store.best)
+            key = "state_dict_ema" if task.has_ema() else "state_dict"
+            task.load_checkpoint_state(best[key], best.get("task_state"), ema=task.has_ema())
+            loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
+        return task.get_eval_model(ema=task.has_ema())
+
+    def _save_model(self, model: Any, images: RunImages) -> None:
+        save(self.output, model, images.source.classes, images.size, images.mean, images.std, self.model_args)
 
     def _plot(self, log: RunLog) -> None:
         if find_spec("matplotlib") is None:

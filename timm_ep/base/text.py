@@ -1,0 +1,22 @@
+"""Text that came from outside: names of files and classes, and what may be shown of them."""
+
+import unicodedata
+from typing import Any
+
+__all__ = ["is_plain_text", "same_name"]
+
+# What could break a line or show text in another order than it is in; and what stands for bytes that are no text.
+_REFUSED = {"Cc", "Cs", "Zl", "Zp"}
+_REORDERING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def is_plain_text(value: Any) -> bool:
+    """Whether it is text of one line that shows what it is; spaces and emoji of every kind are part of a name."""
+    return isinstance(value, str) and not any(
+        char in _REORDERING or unicodedata.category(char) in _REFUSED for char in value
+    )
+
+
+def same_name(name: str) -> str:
+    """The one form of a name that can be written in several: é as one character or as an e with an accent (NFC)."""
+    return unicodedata.normalize("NFC", name)
