@@ -23,6 +23,7 @@ COMMANDS = {
     "validate": ("timm_ep.training.evaluate", "Validate"),
     "predict": ("timm_ep.training.predict", "Predict"),
     "convert": ("timm_ep.training.convert", "Convert"),
+    "export": ("timm_ep.hub.graphs", "Export"),
     "plot": ("timm_ep.hub.curves", "Plot"),
     "study": ("timm_ep.studies.study", "Study"),
     "gradcheck": ("timm_ep.studies.gradcheck", "Gradcheck"),

@@ -1,0 +1,82 @@
+"""`timm-ep export`: files that answer as the model does, without this package."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+from runs import make_run
+from timm_ep import cli
+from timm_ep.hub import graphs
+
+CLEAN = """
+import sys, numpy, torch
+images = torch.from_numpy(numpy.load(sys.argv[2]))
+if sys.argv[1].endswith(".pt2"):
+    logits = torch.export.load(sys.argv[1]).module()(images).detach().numpy()
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1])
+    logits, = session.run(["logits"], {"images": images.numpy()})
+assert not any(name.startswith(("timm", "timm_ep")) for name in sys.modules)
+numpy.save(sys.argv[3], logits)
+"""
+
+
+def answers(file, images, tmp_path):
+    """What a process without this package and without timm makes of the images."""
+    numpy = pytest.importorskip("numpy")
+    numpy.save(tmp_path / "images.npy", images.numpy())
+    words = [str(file), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run([sys.executable, "-c", CLEAN, *words], check=True, cwd=tmp_path)
+    return torch.from_numpy(numpy.load(tmp_path / "logits.npy"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "format"), [("ep_vgg5_025.ep_digits", "pt2"), ("ep_vgg16_025.ep_cifar10", "onnx")])
+def test_a_released_model_answers_alike_elsewhere(tmp_path, capsys, name, format):
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / f"model.{format}"
+    cli.main(["export", name, "--format", format, "--output", str(file)])
+    assert "largest difference of a logit" in capsys.readouterr().out
+    model = timm.create_model(name, pretrained=True).eval()
+    images = torch.randn(7, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert_close(answers(file, images, tmp_path), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_and_its_twin(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    images = torch.randn(3, 1, 48, 48)
+    settled = torch.export.load(graphs.Export(str(run), "pt2", img_size=48).run()).module()
+    twin = torch.export.load(
+        graphs.Export(str(run), "pt2", tmp_path / "twin.pt2", sweeps=0, img_size=48).run()
+    ).module()
+    assert (tmp_path / f"{tmp_path.name}.pt2").exists()
+    with torch.no_grad():
+        assert_close(settled(images), model(images), rtol=1e-4, atol=1e-5)
+        model.gradient = "backprop"
+        assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+    assert (settled(images) - twin(images)).abs().max() > 1e-3
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, capsys):
+    for words, message in (
+        (["nothing"], "nothing is no folder of a run"),
+        (["ep_vgg5_025.ep_digits", "--format=coreml"], "coreml"),
+        (["ep_vgg5_025.ep_digits", "--sweeps=-1"], "free_sweeps=-1 is too small"),
+        (["ep_vgg5_025.ep_digits", "--img-size=8", f"--output={tmp_path / 'x.onnx'}"], "8×8 pixels are too small"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["export", *words])
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(graphs, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["export", "ep_vgg5_025.ep_digits", f"--output={tmp_path / 'x.onnx'}"])
+    assert "pip install timm_ep[export]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
