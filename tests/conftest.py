@@ -22,7 +22,9 @@ def make_net(depth: int = 4, gain: float = 1.0, seed: int = 0, **kwargs) -> EpVg
     model = EpVgg(ARCHITECTURES[depth], **kwargs)
     with torch.no_grad():
         for conv in model.layers:
-            conv.gain.mul_(gain).mul_(torch.empty_like(conv.gain).uniform_(0.8, 1.2))
+            kernel = conv.weight if conv.gain is None else conv.gain
+            spread = torch.empty_like(conv.bias).uniform_(0.8, 1.2)
+            kernel.mul_(gain).mul_(spread.view(-1, *[1] * (kernel.dim() - 1)))
             conv.bias.uniform_(-0.1, 0.2)
     return model
 

@@ -31,10 +31,17 @@ LOSSES = {
 TOLERANCE = {"atol": 1e-10, "rtol": 0}
 
 
-def classic(depth=3, gain=1.5, seed=0, **kwargs) -> EpVgg:
+def classic(depth=3, gain=3.0, seed=0, **kwargs) -> EpVgg:
     """A narrow classic net in float64, at a gain at which it is still on the move after a few steps."""
     torch.manual_seed(seed)
-    settings = {"preset": "classic", "beta": 0.4, "free_sweeps": 7, "nudged_sweeps": 5, **kwargs}
+    settings = {
+        "preset": "classic",
+        "normalise_kernels": True,
+        "beta": 0.4,
+        "free_sweeps": 7,
+        "nudged_sweeps": 5,
+        **kwargs,
+    }
     model = EpVgg(ARCHITECTURES[depth], num_classes=5, dtype=torch.float64, **settings)
     with torch.no_grad():
         for conv in model.layers:
@@ -126,7 +133,7 @@ def test_states_are_those_of_the_published_algorithm_after_every_step(depth, poo
 @pytest.mark.parametrize("update", ["sweep", "odd-even", "synchronous"])
 def test_live_and_frozen_forces_agree_at_small_beta(update, feedback):
     """Both have the same limit, that of the EP theorem."""
-    model, (x, y) = classic(gain=0.3, feedback=feedback, update=update, pool="avg"), make_batch()
+    model, (x, y) = classic(gain=0.6, feedback=feedback, update=update, pool="avg"), make_batch()
     model.free_sweeps = model.nudged_sweeps = 200
     live = copy.deepcopy(model)
     live.beta, live.nudging = 1e-5, "one-sided"
@@ -143,12 +150,12 @@ def test_live_nudging_tends_to_bptt_and_the_centered_estimate_faster(pool):
 
     Under max pooling it need not rise all the way: a nudge that changes winners finds another piece of the energy.
     """
-    exact, (x, y) = classic(gain=0.3, pool=pool, gradient="bptt", free_sweeps=150), make_batch()
+    exact, (x, y) = classic(gain=0.6, pool=pool, gradient="bptt", free_sweeps=150), make_batch()
     F.cross_entropy(exact(x), y).backward()
     worst = {}
     for nudging in ("one-sided", "centered"):
         for beta in (1.0, 0.1, 0.01):
-            model = classic(gain=0.3, pool=pool, beta=beta, nudging=nudging, free_sweeps=150, nudged_sweeps=50)
+            model = classic(gain=0.6, pool=pool, beta=beta, nudging=nudging, free_sweeps=150, nudged_sweeps=50)
             ours = parameter_gradients(model, "cross-entropy", x, y)
             pairs = zip(ours.parameters(), exact.parameters(), strict=True)
             worst[nudging, beta] = min(F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0) for a, b in pairs)
@@ -160,7 +167,7 @@ def test_live_nudging_tends_to_bptt_and_the_centered_estimate_faster(pool):
 
 
 def test_the_gradient_of_the_image_is_that_of_bptt():
-    model, (x, y) = classic(gain=0.4, beta=1e-4, free_sweeps=150, nudged_sweeps=150), make_batch()
+    model, (x, y) = classic(gain=0.8, beta=1e-4, free_sweeps=150, nudged_sweeps=150), make_batch()
     x.requires_grad_()
     loss, _ = model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))
     ours = torch.autograd.grad(loss, x)[0]
@@ -215,7 +222,7 @@ def test_the_estimate_scales_with_the_incoming_gradient_and_adds_up_over_batches
 
 def test_dropout_is_one_mask_in_both_phases():
     """F = E + βL is one function: with a mask per step the estimate would be noise at small β."""
-    model, (x, y) = classic(gain=0.5, drop_rate=0.5, beta=1e-5, free_sweeps=150, nudged_sweeps=150), make_batch()
+    model, (x, y) = classic(gain=1.0, drop_rate=0.5, beta=1e-5, free_sweeps=150, nudged_sweeps=150), make_batch()
     torch.manual_seed(3)
     ours = parameter_gradients(model, "cross-entropy", x, y)
     after = torch.rand(3)
@@ -256,7 +263,7 @@ def test_random_sign_of_frozen_forces():
 
 def test_autocast_settles_in_bfloat16_and_keeps_float32_gradients():
     """The read-out keeps its direction; below it, rounding is what live forces integrate as well."""
-    model, (x, y) = classic(gain=0.5, free_sweeps=60, nudged_sweeps=20).float(), make_batch(dtype=torch.float32)
+    model, (x, y) = classic(gain=1.0, free_sweeps=60, nudged_sweeps=20).float(), make_batch(dtype=torch.float32)
     exact = parameter_gradients(model, "cross-entropy", x, y)
     with torch.autocast("cpu", torch.bfloat16):
         loss, states = model.live_loss(x, lambda states: F.cross_entropy(model.output(states).float(), y))
@@ -268,8 +275,8 @@ def test_autocast_settles_in_bfloat16_and_keeps_float32_gradients():
 
 
 def test_the_preset_is_a_set_of_defaults():
-    model = timm.create_model("ep_vgg5_025", preset="classic", num_classes=10, beta=0.5)
-    assert model.settings == Settings(**{**PRESETS["classic"], "beta": 0.5})
+    model = timm.create_model("ep_vgg5_025", preset="classic", num_classes=10, beta=0.7)
+    assert model.settings == Settings(**{**PRESETS["classic"], "beta": 0.7})
     assert (model.feedback, model.update, model.start, model.pool, model.forces) == (
         1.0,
         "synchronous",
@@ -281,7 +288,7 @@ def test_the_preset_is_a_set_of_defaults():
     fast = timm.create_model("ep_vgg5_025")
     assert fast.settings == timm.create_model("ep_vgg5_025", preset="fast").settings
     assert (fast.feedback, fast.forces) == (0.02, "frozen")
-    with pytest.raises(ValueError, match="preset='quick' is unknown; choose one of 'fast', 'classic'"):
+    with pytest.raises(ValueError, match="preset='quick' is unknown; choose one of 'fast', 'strong', 'classic'"):
         timm.create_model("ep_vgg5_025", preset="quick")
     json.dumps(PRESETS)
 
@@ -296,7 +303,7 @@ def test_classic_nets_settle_from_their_default_init():
 
 def test_the_output_state_is_part_of_the_dynamics():
     """It comes to rest at clip(W mean(s_N) + b), feeds back, and is what `forward` returns."""
-    model, x = classic(gain=0.4, readout="state", free_sweeps=200), make_batch()[0]
+    model, x = classic(gain=0.8, readout="state", free_sweeps=200), make_batch()[0]
     states = model.equilibrium(x)
     assert [tuple(s.shape[1:]) for s in states[-2:]] == [(6, 4, 4), (5, 1, 1)]
     assert_close(model(x), states[-1].flatten(1))

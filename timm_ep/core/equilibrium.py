@@ -51,8 +51,8 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
             # Asked here: inside, autograd is off.
             learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *net.kernels, *net.biases))
             return _Equilibrium.apply(settings, learns, net.couplings, x, *net.kernels, *net.biases)
-        if settings.gradient == "backprop":
-            return tuple(feedforward_pass(net, x, recompute).states)
+        if not settings.settles:
+            return tuple(feedforward_pass(net, x, recompute, local=settings.gradient == "local").states)
         return tuple(free_phase(net, x, settings, recompute=recompute).states)
 
 

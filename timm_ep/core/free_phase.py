@@ -89,8 +89,11 @@ class FreePhase(NamedTuple):
         return known
 
 
-def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
-    """The pass without feedback, s_l = clip(P(W_l ⋆ s_(l−1)) + b_l). With `recompute`, autograd stores only states."""
+def feedforward_pass(net: Net, x: Tensor, recompute: bool = False, local: bool = False) -> FreePhase:
+    """The pass without feedback, s_l = clip(P(W_l ⋆ s_(l−1)) + b_l).
+
+    With `recompute`, autograd stores only states; with `local` no gradient passes from a layer to the one below.
+    """
 
     def layer(index: int, below: Tensor) -> tuple[Tensor, Drive]:
         drive = net.drive(index, below)
@@ -100,7 +103,8 @@ def feedforward_pass(net: Net, x: Tensor, recompute: bool = False) -> FreePhase:
     states: list[Tensor] = []
     drives: list[Drive | None] = []
     for index in range(len(net.kernels)):
-        state, drive = run(index, states[-1] if index else x)
+        below = states[-1] if index else x
+        state, drive = run(index, below.detach() if local and index else below)
         states.append(state)
         drives.append(drive)
     preactivations = [drive.value for drive in drives if drive]

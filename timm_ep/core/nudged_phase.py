@@ -86,8 +86,11 @@ def nudged_phase(
     phase = NudgedPhase([None] * depth, list(free.drives))
     rises: list[Tensor | None] = [None] * depth  # what comes from below,
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
-    for sweep in schedule(settings.update, depth, range(settings.nudged_sweeps)):
-        before = list(phase.deltas) if trace else []
+    sweeps = range(settings.nudged_sweeps)
+    for step, sweep in zip(sweeps, schedule(settings.update, depth, sweeps), strict=True):
+        # As in the free phase: both directions together tell; and the last sweep ends the phase in any case.
+        judges = settings.tol > 0 and (settings.update != "sweep" or step % 2 == 1) and step + 1 < len(sweeps)
+        before = list(phase.deltas) if trace or judges else []
         pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
         for group in sweep:
             for layer, *_ in group:
@@ -103,10 +106,14 @@ def nudged_phase(
                     falls[layer - 1] = None
                 if layer + 1 < depth:
                     rises[layer + 1] = None
-        if trace:
-            trace(_delta_changes(phase.deltas, before))
         if watch:
             watch(phase)
+        if trace or judges:
+            changes = _delta_changes(phase.deltas, before)
+            if trace:
+                trace(changes)
+            if judges and torch.stack(changes).max() < settings.tol:
+                break
     return phase
 
 

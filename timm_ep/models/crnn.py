@@ -2,75 +2,26 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.energy import Coupling, Net, fold_average_pool
-from timm_ep.core.equilibrium import equilibrium
+from timm_ep.core.equilibrium import equilibrium, no_autocast, prepared
 from timm_ep.core.free_phase import free_phase
 from timm_ep.core.live import LossOfStates, live_loss
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import SETTING_NAMES, Settings
+from timm_ep.models.layers import EpConv2d
+from timm_ep.models.presets import KERNELS
 
-__all__ = ["EpConv2d", "EpVgg"]
-
-# A clipped state keeps about a third of its pre-activation's variance, and average pooling a quarter to a half of it:
-# these gains bring the pre-activations back to a standard deviation of about 0.5, inside the range of the states, in
-# every layer. Classic nets get PyTorch's default for convolutions, which has a variance of 1/(3 fan-in).
-_GAINS = {"fast": {False: 1.8, True: 3.0}, "classic": {False: 3**-0.5, True: 3**-0.5}}  # by whether the layer is pooled
-
-
-class EpConv2d(nn.Module):
-    """The parameters of one coupling: a 3×3 kernel under scaled weight standardisation, and a bias.
-
-    The kernel in use is gain · (W − mean) / (std · √fan-in) per output channel: a function of the parameters alone, so
-    EP stays exact, that keeps the size of a kernel, and with it the loop gain, from running away in training (Brock et
-    al., arXiv:2101.08692). Batch statistics would couple the samples and break the energy.
-
-    Args:
-        in_chs: channels of the state below.
-        out_chs: channels of the state above.
-        gain: initial gain.
-        center: take the mean away. Without, the kernel is gain · W / (rms · √fan-in), weight normalisation (Salimans &
-            Kingma, arXiv:1602.07868): it keeps its size likewise, and can be any kernel at all.
-    """
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        gain: float,
-        center: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.initial_gain = gain
-        self.center = center
-        self.weight = nn.Parameter(torch.empty(out_chs, in_chs, 3, 3, device=device, dtype=dtype))
-        self.gain = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Gaussian weights with the standard deviation of a standardised kernel; constant gains; zero biases."""
-        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
-        nn.init.constant_(self.gain, self.initial_gain)
-        nn.init.zeros_(self.bias)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
-        fan_in = self.weight[0].numel()
-        # The floor is relative to the variance at the start, 1/fan_in, so that it means the same in every layer.
-        normalise = F.layer_norm if self.center else F.rms_norm
-        normalised = normalise(self.weight.flatten(1), (fan_in,), eps=1e-6 / fan_in).view_as(self.weight)
-        return normalised * (self.gain * fan_in**-0.5)[:, None, None, None], self.bias
+__all__ = ["EpVgg"]
 
 
 # To torch.fx, which runs a model on names of tensors, what looks at their values and sizes is one node each.
@@ -103,15 +54,23 @@ class EpVgg(nn.Module):
         in_chans: channels of the image.
         global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
         drop_rate: dropout before the read-out.
-        init_gain: factor on the initial gain of every kernel. Below 1 for nets with strong feedback, which settle only
-            while the loop gain, about λ‖W‖², is below 1.
+        init_gain: factor on the initial gain of every kernel, or one for each. Below 1 for nets with strong feedback,
+            which settle only while the loop gain, about λ‖W‖², is below 1.
         learn_gain: whether the gains of the kernels learn. With fixed gains a net with strong feedback keeps the loop
             gain it starts with; learned ones drive 13 convolutions at λ = 1 into saturation within 100 steps.
         center_kernels: whether the mean is taken from every kernel. It is, so that the sum of the states below, which
             varies much and says little, does not drive a layer; feedforward nets that were trained with it are
             converted with False (`timm_ep.training.convert`).
-        preset: defaults of the settings and of the initial gains. `fast`, or `classic`: the literature's algorithm,
-            step by step (`timm_ep.core.settings.PRESETS`).
+        normalise_kernels: whether kernels are normalised at all; by default as the preset says. Plain ones (False) have
+            no gains, and represent a published net parameter for parameter.
+        padding: of every convolution, in pixels, or one for each: the literature's last one has 0.
+        unit: size of a layer's states over that of the layer below, in whose powers biases and the read-out are
+            measured; by default as the preset says. Below 1 for nets at λ = 1 whose small kernels let the states fall
+            from layer to layer: biases of order 1 would drown states of 1e-6, and logits of order 1 need weights of
+            1e6. It changes the parameters' units alone, not the nets that they can represent.
+        preset: defaults of the settings and of the initial kernels (`timm_ep.core.settings.PRESETS`,
+            `timm_ep.models.presets`). `fast`; `strong`: λ = 1, by the same means; `classic`: λ = 1 by the literature's
+            algorithm, step by step, from the literature's kernels.
         readout: `head`: the read-out is outside the dynamics, and only its loss nudges. `state`: the output is one more
             state layer, in [0, 1], that settles and feeds back with the others, coupled linearly to the average of the
             last convolution's state; `forward` returns it. It is made for the squared error (`SquaredError` in
@@ -123,8 +82,9 @@ class EpVgg(nn.Module):
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: a setting outside its range, an unknown preset or read-out, or, for a read-out inside the dynamics,
-            dropout or a pooling other than `avg`: it is part of the energy.
+        ValueError: a setting outside its range, an unknown preset or read-out, paddings of another number than the
+            convolutions, or, for a read-out inside the dynamics, dropout, a unit other than 1 or a pooling other than
+            `avg`: it is part of the energy.
     """
 
     def __init__(
@@ -134,9 +94,12 @@ class EpVgg(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        init_gain: float = 1.0,
+        init_gain: float | Sequence[float] = 1.0,
         learn_gain: bool = True,
         center_kernels: bool = True,
+        normalise_kernels: bool | None = None,
+        padding: int | Sequence[int] = 1,
+        unit: float | None = None,
         preset: str = "fast",
         readout: Literal["head", "state"] = "head",
         device: torch.device | str | None = None,
@@ -153,6 +116,11 @@ class EpVgg(nn.Module):
         if readout not in ("head", "state"):
             raise ValueError(f"readout={readout!r} is unknown; choose 'head' or 'state'.")
         self.readout = readout
+        kernels = KERNELS[preset]
+        normalise = kernels.normalise if normalise_kernels is None else normalise_kernels
+        self.unit = kernels.unit if unit is None else unit
+        if not 0 < self.unit < float("inf"):
+            raise ValueError(f"unit={unit} is no size; give a positive number, 1 where states do not fall with depth.")
         self._check_readout(global_pool, drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -163,15 +131,23 @@ class EpVgg(nn.Module):
         self.pooled: list[bool] = []  # per layer
         self.feature_info: list[dict[str, Any]] = []
         self._taps: list[int] = []  # layer of each feature: the last state at each resolution
+        depth = sum(not isinstance(item, str) for item in architecture)
+        self.padding = (padding,) * depth if isinstance(padding, int) else tuple(padding)
+        init_gains = (init_gain,) * depth if isinstance(init_gain, int | float) else tuple(init_gain)
+        for name, values in {"padding": self.padding, "init_gain": init_gains}.items():
+            if len(values) != depth or min(values) < 0:
+                raise ValueError(f"{name}={values}: give one number of at least 0, or one for each of {depth} layers.")
         layers: list[EpConv2d] = []
         below, reduction = in_chans, 1
         for item, following in zip(architecture, (*architecture[1:], None), strict=True):
             if isinstance(item, str):
                 continue
             pooled = following == "M"
-            gain = init_gain * _GAINS[preset][pooled]
-            layers.append(EpConv2d(below, item, gain, center_kernels, device=device, dtype=dtype))
-            layers[-1].gain.requires_grad_(learn_gain)
+            gain = init_gains[len(layers)] * (kernels.pooled_gain[self.settings.pool] if pooled else kernels.gain)
+            scale = self.unit ** (len(layers) + 1)
+            layers.append(EpConv2d(below, item, gain, center_kernels, normalise, scale, device=device, dtype=dtype))
+            if layers[-1].gain is not None:
+                layers[-1].gain.requires_grad_(learn_gain)
             self.pooled.append(pooled)
             below = item
             if pooled:
@@ -217,10 +193,10 @@ class EpVgg(nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def _check_readout(self, global_pool: str, drop_rate: float) -> None:
-        if self.readout == "state" and (global_pool != "avg" or drop_rate):
+        if self.readout == "state" and (global_pool != "avg" or drop_rate or self.unit != 1):
             raise ValueError(
-                f"readout='state' is part of the energy: it needs global_pool='avg' and drop_rate=0; got "
-                f"global_pool={global_pool!r} and drop_rate={drop_rate}."
+                f"readout='state' is part of the energy: it needs global_pool='avg', drop_rate=0 and unit=1; got "
+                f"global_pool={global_pool!r}, drop_rate={drop_rate} and unit={self.unit:g}."
             )
 
     def _center_output(self) -> None:
@@ -247,20 +223,27 @@ class EpVgg(nn.Module):
         """
         fold = self.settings.pool == "avg"
         couplings, kernels, biases = [], [], []
-        for layer, pooled in zip(self.layers, self.pooled, strict=True):
+        for layer, pooled, padding in zip(self.layers, self.pooled, self.padding, strict=True):
             kernel, bias = layer()
             kernels.append(fold_average_pool(kernel) if pooled and fold else kernel)
             biases.append(bias)
-            couplings.append(Coupling(stride=2 if pooled and fold else 1, max_pool=pooled and not fold))
+            stride = 2 if pooled and fold else 1
+            couplings.append(Coupling(stride, padding, max_pool=pooled and not fold))
         if self._output_settles:
             if size is None:
                 raise ValueError("The net of a model with readout='state' depends on the image size; give size=(H, W).")
-            height, width = (pixels >> sum(self.pooled) for pixels in size)
+            height, width = map(self._top_size, size)
             kernel = self.head.fc.weight[:, :, None, None] / (height * width)
             kernels.append(kernel.expand(-1, -1, height, width))
             biases.append(self.head.fc.bias)
             couplings.append(Coupling(padding=0))
         return Net(tuple(couplings), tuple(kernels), tuple(biases))
+
+    def _top_size(self, size: int) -> int:
+        """Side of the last state for images of this side; 0 or less if there is none."""
+        for pooled, padding in zip(self.pooled, self.padding, strict=True):
+            size = (size + 2 * padding - 2) // (2 if pooled else 1)
+        return size
 
     def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
         """The states at the free equilibrium, differentiable by the method of `settings.gradient`.
@@ -344,8 +327,8 @@ class EpVgg(nn.Module):
                 f"The images have shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width). "
                 f"For other channels create the model with in_chans=…"
             )
-        smallest = 2 ** sum(self.pooled)
-        if min(x.shape[-2:]) < smallest:
+        if self._top_size(min(x.shape[-2:])) < 1:
+            smallest = next(size for size in count(1) if self._top_size(size) > 0)
             raise ValueError(
                 f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at "
                 f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
@@ -368,6 +351,29 @@ class EpVgg(nn.Module):
         net = self._net_for(x)
         free_phase(net, x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
         return changes
+
+    @torch.no_grad()
+    def feedback_shares(self, x: Tensor) -> list[float]:
+        """‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer: how far feedback moves the states from the feedforward pass."""
+        self._check(x)
+        net, x = prepared(self._net_for(x), x)
+        with no_autocast(x.device.type):
+            return feedback_shares(net, x, free_phase(net, x, self.settings, states_only=True).states)
+
+    def couplings(self, size: tuple[int, int]) -> list[float]:
+        """√λ‖P_l W_l‖ of every layer for images of this height and width, see `timm_ep.core.coupling`."""
+        return coupling_norms(self.net(size), size, self.settings.feedback)
+
+    def cap_couplings(self, limit: float, size: tuple[int, int]) -> None:
+        """Scale the kernels of layers above the first down until their couplings are at most `limit`.
+
+        To be called after an optimizer's step, every now and then: a strongly coupled net is not to train itself out of
+        the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
+        """
+        layers: Any = self.layers
+        for layer, coupling in zip(layers[1:], self.couplings(size)[1 : len(layers)], strict=True):
+            if coupling > limit:
+                layer.scale_kernel(limit / coupling)
 
     def forward_intermediates(
         self,
@@ -421,6 +427,8 @@ class EpVgg(nn.Module):
 
         With `readout="state"` the value at which the output comes to rest above that state.
         """
+        if self.unit != 1:
+            x = x / self.unit ** len(self.layers)
         if pre_logits:
             return self.head(x, pre_logits=True)
         return self.head(x).clamp(0, 1) if self._output_settles else self.head(x)

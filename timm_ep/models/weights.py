@@ -23,10 +23,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
             feedforward net for a model that would take their means away.
     """
     if is_feedforward(state_dict):
-        if model.center_kernels:
+        if model.center_kernels or model.layers[0].gain is None:
             raise ValueError(
-                "The weights are of a feedforward VGG, whose kernels have means; create the model with "
-                "center_kernels=False (as timm-ep convert does), or it would take them away."
+                "The weights are of a feedforward VGG, whose kernels have means and are scaled layer by layer; create "
+                "the model with center_kernels=False and normalised kernels (as timm-ep convert does)."
             )
         own = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
         state_dict = {**from_feedforward(state_dict, model.pooled), **own}
@@ -39,6 +39,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
     for name, value in state_dict.items():
         if not value.isfinite().all():
             raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
+    if model.layers[0].gain is None:  # a plain kernel, which timm fits itself
+        return state_dict
     weight = state_dict["layers.0.weight"]
     fitted = adapt_input_conv(model.in_chans, weight, base_chans=weight.shape[1])
     filters = [kernel.double().flatten(1) for kernel in (fitted, weight)]

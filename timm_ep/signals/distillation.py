@@ -59,6 +59,7 @@ class FeatureDistillation(nn.Module):
         self.weights = layer_weights(weight, len(self.layers), schedule)
         self.loss = loss
         self.matches = [_nearest(2 ** sum(model.pooled[:layer]), teacher.reductions) for layer in self.layers]
+        self.units = [model.unit**layer for layer in self.layers]
         like = model.get_parameter("layers.0.weight")
         self.projections = nn.ModuleList(
             nn.Conv2d(channels_of(model, layer), teacher.channels[match], 1, device=like.device, dtype=like.dtype)
@@ -73,15 +74,15 @@ class FeatureDistillation(nn.Module):
             features: all of the teacher's feature maps, (B, channels, H, W) each.
         """
         total = states[-1].new_zeros(())
-        for layer, match, weight, project in zip(
-            self.layers, self.matches, self.weights, self.projections, strict=True
+        for layer, match, weight, unit, project in zip(
+            self.layers, self.matches, self.weights, self.units, self.projections, strict=True
         ):
             if weight:
                 state, feature = states[layer - 1], features[match]
                 target = F.layer_norm(
                     F.adaptive_avg_pool2d(feature.float(), (state.shape[-2], state.shape[-1])), _sample(feature, state)
                 )
-                total = total + weight * self._distance(project(state).float(), target)
+                total = total + weight * self._distance(project(state / unit).float(), target)
         return total
 
     def _distance(self, projected: Tensor, target: Tensor) -> Tensor:

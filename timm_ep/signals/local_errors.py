@@ -37,6 +37,7 @@ class LayerClassifiers(nn.Module):
         if pooled_size < 1:
             raise ValueError(f"pooled_size={pooled_size} is too small; it must be at least 1.")
         self.layers, self.pooled_size = chosen_layers(layers, list(range(1, depth + 1)), depth), pooled_size
+        self.units = [model.unit**layer for layer in self.layers]  # the size of what the classifiers see
         like = model.get_parameter("layers.0.weight")
         self.classifiers = nn.ModuleList(
             nn.Linear(
@@ -49,7 +50,7 @@ class LayerClassifiers(nn.Module):
     def logits(self, states: Sequence[Tensor], index: int) -> Tensor:
         """(B, classes) of the chosen layer number `index`, from s_1…s_N."""
         pooled = F.adaptive_avg_pool2d(states[self.layers[index] - 1], self.pooled_size)
-        return self.classifiers[index](pooled.flatten(1))
+        return self.classifiers[index](pooled.flatten(1) / self.units[index])
 
 
 class LocalErrors(LayerClassifiers):
