@@ -25,7 +25,7 @@ from timm_ep.hub.redaction import redacted
 from timm_ep.training.evaluate import Validate
 
 ROOT = Path(__file__).parents[2]
-RELEASES = sorted((ROOT / "model_cards").iterdir())
+RELEASES = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
 SECRET = "hf_RecognisableFakeToken0123456789"
 
 

@@ -16,6 +16,7 @@ from timm_ep.training.trainer import Trainer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
+LITERATURE = sorted((SCRIPTS / "recipes" / "literature").glob("*.yaml"))
 
 # What stands in for a large machine and data that are not here; all else is the recipe's.
 TINY = {"dataset": "folder", "device": "cpu", "epochs": 2, "batch_size": 8, "workers": 1, "img_size": 32, "quiet": True}
@@ -34,7 +35,7 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, *LITERATURE], ids=lambda path: path.stem)
 def test_recipes_are_options_of_today(recipe):
     """Every key is an option and every value in its range; the commands in its comments name options too."""
     values = yaml.safe_load(recipe.read_text())
@@ -67,6 +68,22 @@ def test_recipes_train_a_teacher_and_a_student_of_it(recipe, images, tmp_path):
         gradients = [float(row["weight_gradient"]) for row in csv.DictReader(file)]
     assert len(gradients) == 2 * len(full.layers)
     assert min(gradients) > 0
+
+
+@pytest.mark.parametrize("recipe", LITERATURE, ids=lambda path: path.stem)
+def test_the_literature_s_recipes_run(recipe, images, tmp_path):
+    """A few updates with a few channels and steps; kernels, rates and the rest are the recipe's. All layers move."""
+    values = yaml.safe_load(recipe.read_text())
+    full = timm.create_model(values["model"], device="meta", **values["model_args"])
+    widths = [[8, "M"] if pooled else [8] for pooled in full.pooled]
+    few = {"architecture": sum(widths, []), "free_sweeps": 8, "nudged_sweeps": 8}  # noqa: RUF017
+    changes = {**TINY, "epochs": 1, "model_args": {**values["model_args"], **few}, "output": tmp_path}
+    facts = Trainer(**{**values, **changes, "data_dir": images}).run()
+    assert (facts.settings["feedback"], facts.settings["forces"]) == (1.0, "live")
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["weight_gradient"]) > 0 for row in rows] == [True] * len(full.layers)
+    assert all(row["gain_gradient"] == "" for row in rows)
 
 
 def test_every_released_model_has_its_commands():

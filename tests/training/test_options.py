@@ -47,7 +47,7 @@ def test_the_best_epoch_in_validation_is_the_result_and_training_stops_when_it_n
         if len(loader.dataset) == 360:
             tests.append({name: value.clone() for name, value in model.state_dict().items()})
             return result
-        return type(result)(result.loss, next(accuracies), result.top5, result.feedback_share)
+        return type(result)(result.loss, next(accuracies), result.top5, result.feedback_shares)
 
     for module in (loop, trainer):  # validation, and the final test
         monkeypatch.setattr(module, "evaluate", scripted)

@@ -115,7 +115,7 @@ def test_evaluation_counts_like_plain_python():
     assert result.top1 == pytest.approx(100 * sum(rank == 0 for rank in ranks) / 25)
     assert result.top5 == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 25)
     assert result.loss == pytest.approx(sum(losses) / 25, rel=1e-5)
-    assert result.feedback_share is None
+    assert result.feedback_shares == []
 
 
 def test_any_timm_model_trains_through_the_same_path(tmp_path):

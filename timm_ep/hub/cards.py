@@ -69,6 +69,8 @@ class RunFacts:
         settings: the model's EP settings, `dataclasses.asdict(model.settings)`.
         feedback_share: ‖s* − s_ff‖ / ‖s*‖ on test images, how far feedback moves the states from the feedforward pass;
             None where there is no feedback (`gradient="backprop"`).
+        feedback_shares: the same of every layer; the largest of them is `feedback_share`.
+        couplings: √λ‖P_l W_l‖ of every layer (`timm_ep.core.coupling`), which says how recurrent the net is.
         signals: weight of each intermediate error signal by name; empty for plain EP.
         teacher: timm name of the distillation teacher, if any.
         started_from: the trained weights that the run started from, a name or a folder; None for random ones. Epochs
@@ -92,6 +94,8 @@ class RunFacts:
     train_seconds: float
     settings: dict[str, Any]
     feedback_share: float | None
+    feedback_shares: list[float] = field(default_factory=list)
+    couplings: list[float] = field(default_factory=list)
     signals: dict[str, float] = field(default_factory=dict)
     teacher: str | None = None
     started_from: str | None = None
@@ -149,6 +153,8 @@ def _check_fields(cls: type, values: Any, path: Path) -> None:
         right_kind = isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
         if not right_kind or (isinstance(value, int | float) and not abs(value) < 1e15):
             raise ValueError(f"{path}: {name} is {value!r}; expected {' or '.join(kind.__name__ for kind in kinds)}.")
+        if isinstance(value, list) and not all(type(item) in (int, float) and abs(item) < 1e15 for item in value):
+            raise ValueError(f"{path}: {name} is {value!s:.100}; expected a list of numbers.")
 
 
 def render_card(
@@ -245,6 +251,8 @@ def _fact_texts(facts: RunFacts) -> dict[str, Any]:
         "top1": f"{facts.top1:.2f} %",
         "top5": "–" if facts.top5 is None else f"{facts.top5:.2f} %",
         "time": f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s",
+        "feedback_shares": " ".join(f"{share:.1%}" for share in facts.feedback_shares),
+        "couplings": " ".join(f"{coupling:.2f}" for coupling in facts.couplings),
         "feedback_share": "none" if facts.feedback_share is None else f"{facts.feedback_share:.1%}",
         "signals": ", ".join(f"{signal} (weight {weight})" for signal, weight in facts.signals.items()) or "none",
         "teacher": facts.teacher or "none",

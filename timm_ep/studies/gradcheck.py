@@ -20,7 +20,7 @@ from timm_ep.models import EpVgg
 from timm_ep.models.named import create_named
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
-from timm_ep.training.evaluate import feedback_share, load_run
+from timm_ep.training.evaluate import load_run
 
 # Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
 _CONVERGED_SWEEPS = 24
@@ -107,7 +107,8 @@ class Report:
         model: name, or folder of a run.
         settings: of the model, as checked.
         residuals: ‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers.
-        feedback_share: ‖s* − s_ff‖ / ‖s*‖, the largest over the layers.
+        feedback_shares: ‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer.
+        couplings: √λ‖P_l W_l‖ of every layer (`timm_ep.core.coupling`).
         layers: EP beside BPTT.
         steps: EP beside BPTT step by step, if asked for.
         accuracy: a run's test accuracy in percent.
@@ -117,7 +118,8 @@ class Report:
     model: str
     settings: dict[str, Any]
     residuals: list[float]
-    feedback_share: float
+    feedback_shares: list[float]
+    couplings: list[float]
     layers: list[LayerCheck]
     steps: StepChecks | None = None
     accuracy: float | None = None
@@ -127,6 +129,11 @@ class Report:
     def worst(self) -> float:
         """The lowest cosine of a layer."""
         return min(row.cosine for row in self.layers)
+
+    @property
+    def feedback_share(self) -> float:
+        """The largest of a layer."""
+        return max(self.feedback_shares)
 
     @property
     def residual(self) -> float:
@@ -218,7 +225,8 @@ class Gradcheck:
             name,
             asdict(model.settings),
             model.free_residual(images),
-            feedback_share(model, images),
+            model.feedback_shares(images),
+            model.couplings((images.shape[-2], images.shape[-1])),
             gradient_check(model, images, labels),
             step_check(model, images, labels, steps=steps) if steps else None,
             facts.top1 if facts else None,
@@ -232,8 +240,11 @@ def _print_report(report: Report) -> None:
         residuals[4:-4] = [f"… ({len(residuals) - 8} more) …"]
     print(f"{report.model}: λ={report.settings['feedback']:g}, feedback share {report.feedback_share:.3f}")
     print(f"relative change per free sweep: {' '.join(residuals)}")
-    for row in report.layers:
-        print(f"layer {row.layer:2d}: cosine {row.cosine:.4f}, norm ratio {row.norm_ratio:.4f}")
+    for row, share, coupling in zip(report.layers, report.feedback_shares, report.couplings, strict=False):
+        print(
+            f"layer {row.layer:2d}: cosine {row.cosine:.4f}, norm ratio {row.norm_ratio:.4f}, coupling {coupling:.2f}, "
+            f"feedback share {share:.3f}"
+        )
     print(
         f"worst layer: cosine {report.worst:.4f}, at a relative change of {report.residual:.1e} in the last free sweep"
     )

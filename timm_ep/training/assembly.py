@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import Mixup, resolve_data_config
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import freeze
 from torch import nn
@@ -40,6 +39,7 @@ from timm_ep.training.checkpoints import CheckpointStore, unfinished
 from timm_ep.training.distributed import World
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
+from timm_ep.training.optimizer import create_optimizer
 from timm_ep.training.options import TrainingOptions
 
 __all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "open_source", "plain_loader"]
@@ -112,10 +112,19 @@ def open_images(options: TrainingOptions, source: DataSource) -> tuple[RunImages
     model = create_model(options, source)
     freeze_modules(model, options.freeze_layers)
     config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
-    mean, std = (channel_values(config[k], source.channels) for k in ("mean", "std"))
+    if options.max_coupling and not isinstance(model, EpVgg):
+        raise ValueError(f"max_coupling={options.max_coupling} is for an ep_vgg*; {options.model} has no couplings.")
+    mean = _given("mean", options.mean, source.channels) or channel_values(config["mean"], source.channels)
+    std = _given("std", options.std, source.channels) or channel_values(config["std"], source.channels)
     images = RunImages(source, train, validation, options.img_size or config["input_size"][-1], mean, std)
     _check_model(options, model, images)
     return images, model
+
+
+def _given(name: str, values: list[float] | None, channels: int) -> tuple[float, ...] | None:
+    if values is not None and len(values) != channels:
+        raise ValueError(f"{name}={values} has {len(values)} values; the images have {channels} channels.")
+    return None if values is None else tuple(values)
 
 
 def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
@@ -255,7 +264,7 @@ def create_loop(
             f"{len(samples)} training images are less than one update of {world.size} processes; lower batch_size."
         )
     task = _create_task(options, model, images, world)
-    optimizer = _create_optimizer(options, task)
+    optimizer = create_optimizer(options, task)
     if options.model_ema:
         task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
     cache = None
@@ -275,7 +284,7 @@ def create_loop(
             "sched": options.sched,
             "num_epochs": options.epochs - options.warmup,
             "warmup_epochs": options.warmup,
-            "warmup_lr": options.lr / 100,
+            "warmup_lr": max(options.layer_lr, default=options.lr) / 100,
             "warmup_prefix": True,
             "step_on_epochs": False,
             "updates_per_epoch": order.updates,
@@ -334,22 +343,6 @@ def _augmentation(options: TrainingOptions, images: RunImages) -> Any:
             f"aa={options.aa!r} is no automatic augmentation of timm ({error}); such are rand-m9-mstd0.5, "
             "augmix-m5-w4, original, originalr, v0, v0r and 3a."
         ) from error
-
-
-def _create_optimizer(options: TrainingOptions, task: EpTask) -> torch.optim.Optimizer:
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            task.get_trainable_module(),
-            opt=options.opt,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            **options.opt_kwargs,
-        )
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"opt={options.opt} does not work here: {error}.") from error
-    if getattr(optimizer, "is_second_order", False):
-        raise ValueError(f"opt={options.opt} needs second derivatives, which are not taken here; choose another.")
-    return optimizer
 
 
 def _create_mixup(options: TrainingOptions, classes: int) -> Mixup:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.energy import Drive
 from timm_ep.core.equilibrium import normalised_forces
 from timm_ep.core.free_phase import free_phase
@@ -29,22 +30,26 @@ class LayerDiagnosis:
         scaled_nudge: the same over β λ^(N−l), the part that λ takes by construction: what the layer's gradient is made
             of. The two differ only by β at λ = 1.
         weight_gradient: ‖dL/dW_l‖, as training takes it.
-        gain_gradient: ‖dL/d gain_l‖.
         bias_gradient: ‖dL/db_l‖.
         free_residual: ‖Δs_l‖/‖s_l‖ in the last free sweep.
         nudged_residual: the same of s^β − s^0 in the last nudged sweep. 1 where it had but one sweep.
         saturated: share of the states at 0 or 1, which no small nudge moves.
+        coupling: c_l = √λ‖P_l W_l‖, how strongly the layer is coupled to the one below (`timm_ep.core.coupling`).
+        feedback_share: ‖s* − s_ff‖ / ‖s*‖, how far feedback moves the state from the feedforward pass.
+        gain_gradient: ‖dL/d gain_l‖; None for plain kernels.
     """
 
     layer: int
     nudge: float
     scaled_nudge: float
     weight_gradient: float
-    gain_gradient: float
     bias_gradient: float
     free_residual: float
     nudged_residual: float
     saturated: float
+    coupling: float
+    feedback_share: float
+    gain_gradient: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
         ]
         free = free._replace(drives=drives)
         nudged = nudged_phase(net, free, forces, settings, settings.beta, trace=_Recorder("nudged", settling))
+        couplings = coupling_norms(net, (images.shape[-2], images.shape[-1]), settings.feedback)
+        shares = feedback_shares(net, images, free.states)
     task.train(was_training)
 
     last = {(one.phase, one.layer): one.residual for one in settling}  # later sweeps replace earlier ones
@@ -119,6 +126,8 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
                 free_residual=last.get(("free", layer), 0.0),
                 nudged_residual=last.get(("nudged", layer), 0.0),
                 saturated=float(((state == 0) | (state == 1)).double().mean()),
+                coupling=couplings[layer - 1],
+                feedback_share=shares[layer - 1],
             )
         )
     return Diagnosis(rows, settling)

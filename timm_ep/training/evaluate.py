@@ -1,10 +1,9 @@
 """How well a model classifies: on test data while it trains, and again once it is saved."""
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +25,12 @@ from timm_ep.training.checkpoints import unfinished
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss (cross-entropy in nats; squared error of a read-out inside the dynamics), accuracies in percent (top5
-    None with five classes or fewer), feedback share."""
+    None with five classes or fewer), feedback share of every layer (empty where nothing settles)."""
 
     loss: float
     top1: float
     top5: float | None
-    feedback_share: float | None
+    feedback_shares: list[float]
 
 
 @torch.no_grad()
@@ -51,11 +50,12 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    criterion, loss, hits, hits5, seen, share, classes = readout_criterion(model), 0.0, 0, 0, 0, None, 0
+    criterion, loss, hits, hits5, seen, classes = readout_criterion(model), 0.0, 0, 0, 0, 0
+    shares: list[float] = []
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if not seen and isinstance(model, EpVgg) and model.gradient != "backprop":
-            share = feedback_share(model, images[:64])
+        if not seen and isinstance(model, EpVgg) and model.settings.settles:
+            shares = model.feedback_shares(images[:64])
         logits = model(images).float()
         classes = logits.shape[1]
         ranked = logits.topk(min(5, classes)).indices == labels[:, None]
@@ -65,16 +65,7 @@ def evaluate(
         seen += len(labels)
     model.train(was_training)
     loss, correct, correct5, count = total([loss, hits, hits5, seen])
-    return Evaluation(loss / count, 100 * correct / count, 100 * correct5 / count if classes > 5 else None, share)
-
-
-def feedback_share(model: EpVgg, images: Tensor) -> float:
-    """‖s* − s_ff‖ / ‖s*‖, the largest over the layers: how far feedback moves the states from the feedforward pass."""
-    twin = copy.deepcopy(model)
-    twin.settings = replace(model.settings, gradient="backprop")
-    with torch.no_grad():
-        pairs = zip(model.equilibrium(images), twin.equilibrium(images), strict=True)
-        return max(float((settled - plain).norm() / settled.norm()) for settled, plain in pairs)
+    return Evaluation(loss / count, 100 * correct / count, 100 * correct5 / count if classes > 5 else None, shares)
 
 
 def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts | None]:

@@ -18,7 +18,7 @@ _IMAGES = 8  # of a batch, on which the residual is measured
 def layer_residuals(model: nn.Module, images: Tensor) -> Tensor:
     """‖Δs_l‖/‖s_l‖ of every layer in every free sweep, (sweeps, layers); empty for a model that does not settle."""
     changes: list[Tensor] = []
-    if isinstance(model, EpVgg) and model.gradient != "backprop":
+    if isinstance(model, EpVgg) and model.settings.settles:
         weight = model.get_parameter("layers.0.weight")
         images = images[:_IMAGES].to(weight.dtype)
         free_phase(

@@ -254,6 +254,9 @@ class TrainingLoop:
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
         if reason is None:
+            if options.max_coupling and self.updates % options.residual_interval == 0:
+                model: Any = self.task.model
+                model.cap_couplings(options.max_coupling, (images.shape[-2], images.shape[-1]))
             self.task.update_ema(self.updates)
         return 15 if stops[0] else 2 if stops[1] else 0
 

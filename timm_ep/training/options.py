@@ -56,10 +56,12 @@ class TrainingOptions:
             through before training, and those that cannot be read are left out and listed in `output`/bad_images.txt.
         img_size: side of the images in pixels; by default the model's.
         in_chans: 1 to see the images in grey, 3 in colour; by default as they are (those in files in colour).
+        mean: of the pixels in [0, 1], for each channel, taken away from the images; by default the model's.
+        std: by which they are divided then. The literature divides by 3 × the standard deviation.
         model_args: further arguments of the model, such as `feedback` or `free_sweeps`; `{"preset": "classic"}` trains
             by the literature's algorithm, live forces included.
         gradient: how the gradient is taken: `ep`, `bptt` (autograd through the settling) or `backprop` (the feedforward
-            twin). Only for `ep_vgg*`.
+            twin) or `local` (the twin, without credit between layers). Only for `ep_vgg*`.
         local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
         local_error_args: further arguments of `timm_ep.LocalErrors`, such as `layers` or `schedule`.
         teacher: what to distil from, as for `timm_ep.signals.teachers.create_teacher`: a name of timm, `hf-hub:…`,
@@ -79,6 +81,11 @@ class TrainingOptions:
         opt_kwargs: its further arguments, such as `momentum`, `betas` or `layer_decay`: a factor on the learning rate
             for every layer further from the read-out.
         lr: peak learning rate.
+        layer_lr: peak learning rates of the layers, from the first convolution to the read-out, in place of `lr`, as
+            the literature has them; signals learn at the read-out's. Only for `ep_vgg*`.
+        max_coupling: hold the coupling √λ‖W_l‖ of every layer but the first at or below this, by scaling kernels down,
+            at every `residual_interval`-th update; 0 for never. Below 0.5 a net with linear pooling has one
+            equilibrium for any states and weights (`timm_ep.core.coupling`). Only for `ep_vgg*`.
         weight_decay: on kernels and the classifier, not on gains and biases.
         sched: timm's schedule of the learning rate, which changes at each update.
         sched_kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, such as `min_lr` or `decay_rate`.
@@ -141,8 +148,10 @@ class TrainingOptions:
     bad_images: Literal["stop", "skip"] = "stop"
     img_size: int | None = None
     in_chans: Literal[1, 3] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    gradient: Literal["ep", "bptt", "backprop"] = "ep"
+    gradient: Literal["ep", "bptt", "backprop", "local"] = "ep"
     local_error: float = 0.0
     local_error_args: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
@@ -158,6 +167,8 @@ class TrainingOptions:
     opt: str = "adamw"
     opt_kwargs: dict[str, Any] = field(default_factory=dict)
     lr: float = 2e-3
+    layer_lr: list[float] = field(default_factory=list)
+    max_coupling: float = 0.0
     weight_decay: float = 0.05
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
     sched_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -205,6 +216,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
+        if min([*self.layer_lr, *(self.std or [1])]) <= 0:
+            raise ValueError(f"layer_lr={self.layer_lr} and std={self.std} must hold positive numbers only.")
         for name in ("val_split", "smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -305,6 +318,7 @@ _LEAST = {
     "batch_size": 1,
     "grad_accum_steps": 1,
     "lr": 0,
+    "max_coupling": 0,
     "weight_decay": 0,
     "warmup_epochs": 0,
     "clip_grad": 0,
