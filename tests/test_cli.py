@@ -25,7 +25,7 @@ def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"accuracy: {facts.top1:.2f} % (ep_vgg5_025, ")
     cli.main(["validate", str(tmp_path / "run")])
-    cli.main(["predict", str(tmp_path / "run"), "--top", "1"])
+    cli.main(["predict", str(tmp_path / "run"), "--top", "1", "--sweeps", "0"])
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 

@@ -67,7 +67,7 @@ def test_a_run_and_its_twin(tmp_path, monkeypatch):
 
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, capsys):
     for words, message in (
-        (["nothing"], "nothing is no folder of a run"),
+        (["nothing"], "model 'nothing' is unknown to timm"),
         (["ep_vgg5_025.ep_digits", "--format=coreml"], "coreml"),
         (["ep_vgg5_025.ep_digits", "--sweeps=-1"], "free_sweeps=-1 is too small"),
         (["ep_vgg5_025.ep_digits", "--img-size=8", f"--output={tmp_path / 'x.onnx'}"], "8×8 pixels are too small"),

@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import save_for_hf
+from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
 from timm_ep.signals.teachers import TeacherCache, create_teacher
@@ -80,6 +81,36 @@ def test_grey_images_are_shown_to_a_colour_teacher():
     assert teacher.adapt(torch.zeros(2, 1, 32, 32)).shape == (2, 3, *teacher.input_size)
     expected = (0.5 - teacher.mean.flatten()) / teacher.std.flatten()
     torch.testing.assert_close(teacher.adapt(torch.zeros(1, 1, 40, 40))[0, :, 5, 5], expected)
+
+
+def test_a_teacher_of_one_size_is_shown_that_size(tmp_path):
+    """A ViT for 32², and one for 64², of student's images of another size; both given and as a checkpoint."""
+    torch.manual_seed(3)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32, depth=1).eval()
+    teacher = create_teacher(vit, MEAN, STD)
+    assert teacher.input_size == (32, 32)
+    assert "shown 32×32 pixels in 3 channels" in repr(teacher)
+    assert teacher(torch.rand(2, 3, 48, 48)).logits.shape == (2, 7)
+    with pytest.raises(ValueError, match="takes images of 32×32 pixels alone, not of img_size=64"):
+        create_teacher(vit, MEAN, STD, img_size=64)
+
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64).eval()
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "last.pth.tar")
+    images = torch.rand(2, 3, 64, 64)
+    loaded = create_teacher("vit_tiny_patch16_224", MEAN, STD, tmp_path / "last.pth.tar", img_size=64)
+    with torch.no_grad():
+        assert_close(loaded(normalize(images, MEAN, STD)).logits, whole((images - loaded.mean) / loaded.std))
+    with pytest.raises(ValueError, match=r"images of another size, give that \(img_size\)"):
+        create_teacher("vit_tiny_patch16_224", MEAN, STD, tmp_path / "last.pth.tar")
+
+
+def test_a_teacher_of_any_size_is_shown_what_it_was_trained_at():
+    """timm's train.py at 32² leaves a checkpoint of a model whose configuration says 160."""
+    model = timm.create_model("test_resnet", num_classes=7)
+    assert create_teacher(model, MEAN, STD).input_size == (160, 160)
+    teacher, images = create_teacher(model, MEAN, STD, img_size=32), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert_close(teacher(normalize(images, MEAN, STD)).logits, model((images - teacher.mean) / teacher.std))
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,18 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from timm_ep.base.files import replacing
 from timm_ep.hub.repository import load
-from timm_ep.models import EpVgg
+from timm_ep.models.named import create_named, set_sweeps
 
 __all__ = ["Export", "export_onnx", "export_program"]
 
@@ -85,16 +84,12 @@ class Export:
         """Write the file, print the largest difference of a logit from the model's, and return the path.
 
         Raises:
-            FileNotFoundError: no such model.
             ModuleNotFoundError: ONNX without the packages that it needs.
-            ValueError: a folder that does not pass the checks, a model that cannot be exported, or a file whose logits
-                differ from the model's by more than 1e-4 of the largest.
+            ValueError: no such model, a folder that does not pass the checks, a model that cannot be exported, or a
+                file whose logits differ from the model's by more than 1e-4 of the largest.
         """
-        model: Any = _trained(self.model)
-        if self.sweeps is not None:
-            if not isinstance(model, EpVgg):
-                raise ValueError(f"sweeps={self.sweeps}: {self.model} has no free phase; only an ep_vgg* has.")
-            model.settings = replace(model.settings, free_sweeps=self.sweeps)
+        model: Any = load(self.model) if Path(self.model).is_dir() else create_named(self.model, pretrained=True).eval()
+        set_sweeps(model, self.sweeps)
         channels, *sides = resolve_data_config({}, model=model)["input_size"]
         size = (self.img_size, self.img_size) if self.img_size else sides
         images = torch.randn(_BATCH + 1, channels, *size, generator=torch.Generator().manual_seed(0))
@@ -107,14 +102,3 @@ class Export:
         if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
             raise ValueError(f"{path} gives other logits than the model, by up to {difference:.1e}; do not use it.")
         return path
-
-
-def _trained(name: str) -> nn.Module:
-    if Path(name).is_dir():
-        return load(name)
-    try:
-        return timm.create_model(name, pretrained=True).eval()
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"{name} is no folder of a run, and no released model: {error} See timm.list_pretrained('ep_*')."
-        ) from error

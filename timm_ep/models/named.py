@@ -1,12 +1,15 @@
-"""A model of timm by the name that a user gave."""
+"""A model of timm by the name that a user gave, and with the sweeps."""
 
 import difflib
+from dataclasses import replace
 from typing import Any
 
 import timm
 from torch import nn
 
-__all__ = ["create_named"]
+from timm_ep.models.crnn import EpVgg
+
+__all__ = ["create_named", "set_sweeps"]
 
 
 def create_named(model_name: str, **kwargs: Any) -> nn.Module:
@@ -28,3 +31,16 @@ def create_named(model_name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(model_name, **kwargs)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"model {model_name!r} could not be created: {error}") from error
+
+
+def set_sweeps(model: nn.Module, sweeps: int | None) -> None:
+    """Let a model settle by so many free sweeps instead of its own; None leaves them, 0 gives the feedforward twin.
+
+    Raises:
+        ValueError: fewer than none, or a model that does not settle.
+    """
+    if sweeps is None:
+        return
+    if not isinstance(model, EpVgg):
+        raise ValueError(f"sweeps={sweeps}: a {type(model).__name__} does not settle; only the ep_vgg* do.")
+    model.settings = replace(model.settings, free_sweeps=sweeps)

@@ -31,8 +31,10 @@ class Teacher(nn.Module):
         model: with trained weights.
         mean: per channel, with which the student's images were normalised.
         std: per channel, likewise.
+        img_size: side of the images that the model is shown, in pixels; by default its own.
 
     Attributes:
+        input_size: height and width of the images that the model is shown.
         channels: of each feature.
         reductions: pixels per cell of each feature.
     """
@@ -42,12 +44,14 @@ class Teacher(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], img_size: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         config = resolve_data_config(model=model)
-        self.in_chans, *size = config["input_size"]
-        self.input_size = (size[0], size[1])
+        self.in_chans, height, width = config["input_size"]
+        self.input_size = (img_size, img_size) if img_size else _only_size(model) or (height, width)
         for name, values in (
             ("student_mean", mean),
             ("student_std", std),
@@ -59,6 +63,10 @@ class Teacher(nn.Module):
         info: Any = getattr(model, "feature_info", []) if hasattr(model, "forward_intermediates") else []
         self.channels = [int(feature["num_chs"]) for feature in info]
         self.reductions = [int(feature["reduction"]) for feature in info]
+
+    def extra_repr(self) -> str:
+        """What it is shown."""
+        return f"shown {self.input_size[0]}×{self.input_size[1]} pixels in {self.in_chans} channels"
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
@@ -90,8 +98,9 @@ def create_teacher(
     std: Sequence[float],
     checkpoint: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    img_size: int | None = None,
 ) -> Teacher:
-    """A teacher from timm, always with the head it was trained with.
+    """A teacher from timm, always with the head it was trained with. `Teacher.input_size` says what it is shown.
 
     Args:
         source: a name of timm (`resnet18.a1_in1k`), `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, a folder that training
@@ -101,12 +110,23 @@ def create_teacher(
         checkpoint: weights for the model that `source` names, a file of timm's training scripts or safetensors.
         classes: names of the student's classes, if the teacher's logits are to be used: they must be the teacher's
             classes. None if only its features are.
+        img_size: side of the images that the teacher is shown, in pixels, to which the student's are resized: what it
+            was trained at, where its configuration does not say so. By default its own: that of its position
+            embeddings, or of its configuration. Models of one size, such as a ViT, are built for this one.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: no trained weights, or other classes than the student's.
+        ValueError: no trained weights, other classes than the student's, or a model that takes one size alone, another.
     """
-    model = source if isinstance(source, nn.Module) else load_trained(str(source), checkpoint)
+    given = isinstance(source, nn.Module)
+    model: Any = source if given else load_trained(str(source), checkpoint, img_size)
+    if img_size and (only := _only_size(model)) and only != (img_size, img_size):
+        if given or not hasattr(model, "set_input_size"):
+            raise ValueError(
+                f"The teacher {_title(source)} takes images of {only[0]}×{only[1]} pixels alone, not of img_size="
+                f"{img_size}; leave img_size out, and it is shown those, or create the model with img_size."
+            )
+        model.set_input_size(img_size=(img_size, img_size))
     if classes is not None:
         count = getattr(model, "num_classes", len(classes))
         if count != len(classes):
@@ -120,13 +140,23 @@ def create_teacher(
                 f"The teacher {_title(source)} names its classes {list(names)[:5]}… and the student "
                 f"{list(classes)[:5]}…: logits are matched by position, so both need equal classes in the same order."
             )
-    return Teacher(model, mean, std)
+    return Teacher(model, mean, std, img_size)
 
 
-def load_trained(source: str, checkpoint: str | Path | None = None) -> nn.Module:
-    """A model of timm with trained weights; `source`, `checkpoint` and errors as for `create_teacher`."""
+def _only_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images that the model is built for, if it takes no others."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None and cfg.get("fixed_input_size"):
+        size = cfg["input_size"][-2:]
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
+def load_trained(source: str, checkpoint: str | Path | None = None, img_size: int | None = None) -> nn.Module:
+    """A model of timm with trained weights; arguments and errors as for `create_teacher`, `img_size` for weights in a
+    checkpoint of a model that takes one size alone."""
     if checkpoint is not None:
-        return _load_checkpoint(source, Path(checkpoint))
+        return _load_checkpoint(source, Path(checkpoint), img_size)
     path = Path(source.removeprefix("local-dir:"))
     if path.is_file():
         path = path.parent
@@ -145,7 +175,7 @@ def load_trained(source: str, checkpoint: str | Path | None = None) -> nn.Module
         ) from error
 
 
-def _load_checkpoint(name: str, path: Path) -> nn.Module:
+def _load_checkpoint(name: str, path: Path, img_size: int | None) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected weights for the teacher {name}.")
     try:
@@ -159,12 +189,17 @@ def _load_checkpoint(name: str, path: Path) -> nn.Module:
     weight = state.get(f"{classifier}.weight")
     if weight is None:
         raise ValueError(f"{path} holds no {classifier}.weight: it has no head, or is not of {name}.")
-    stem = state.get(f"{timm.get_pretrained_cfg(name).first_conv}.weight")
-    model = timm.create_model(name, num_classes=len(weight), **({} if stem is None else {"in_chans": stem.shape[1]}))
+    cfg = timm.get_pretrained_cfg(name)
+    stem = state.get(f"{cfg.first_conv}.weight")
+    shape = {} if stem is None else {"in_chans": stem.shape[1]}
+    if img_size and cfg.fixed_input_size:
+        shape["img_size"] = img_size
+    model = timm.create_model(name, num_classes=len(weight), **shape)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+        hint = " If it was trained on images of another size, give that (img_size)." if cfg.fixed_input_size else ""
+        raise ValueError(f"{path} does not hold the weights of {name}: {error}{hint}") from error
     return model
 
 

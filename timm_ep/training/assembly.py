@@ -319,6 +319,8 @@ def create_loop(
         identity=identity,
         probe=_probe(options, images),
     )
+    if task.teacher is not None:
+        loop.log.say(f"teacher {options.teacher}: {task.teacher.extra_repr()}")
     if state:
         loop.restore(state)
         loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
@@ -363,7 +365,9 @@ def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, 
         local_errors = LocalErrors(model, options.local_error, **options.local_error_args)
     if options.teacher is not None:
         classes = images.source.classes if options.distill_logits else None
-        teacher = create_teacher(options.teacher, images.mean, images.std, options.teacher_checkpoint, classes)
+        teacher = create_teacher(
+            options.teacher, images.mean, images.std, options.teacher_checkpoint, classes, options.teacher_img_size
+        )
         teacher = teacher.to(world.device)
         if options.distill_features:
             features = FeatureDistillation(model, teacher, options.distill_features, **options.distill_features_args)

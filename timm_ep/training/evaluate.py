@@ -18,6 +18,7 @@ from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.hub.repository import WEIGHTS_NAME, load, named_architecture
 from timm_ep.models import EpVgg
+from timm_ep.models.named import set_sweeps
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.training.checkpoints import unfinished
 
@@ -68,9 +69,14 @@ def evaluate(
     return Evaluation(loss / count, 100 * correct / count, 100 * correct5 / count if classes > 5 else None, shares)
 
 
-def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts | None]:
+def load_run(run: str | Path, device: str = "cpu", sweeps: int | None = None) -> tuple[nn.Module, RunFacts | None]:
     """The model in a folder, in eval mode, and the facts of its training: of a run that ended, of one that was stopped,
     or of a model that `timm-ep pull` fetched. Facts that were never written, as of those that did not end, are None.
+
+    Args:
+        run: the folder.
+        device: for the model.
+        sweeps: see `timm_ep.models.named.set_sweeps`.
 
     Raises:
         FileNotFoundError: no model in the folder.
@@ -82,7 +88,9 @@ def load_run(run: str | Path, device: str = "cpu") -> tuple[nn.Module, RunFacts 
     if not (run / WEIGHTS_NAME).exists() and (run / "checkpoints").is_dir():
         raise FileNotFoundError(unfinished(run))
     facts = RunFacts.load(run / RESULTS_NAME) if (run / RESULTS_NAME).exists() else None
-    return load(run, facts.architecture if facts else named_architecture(run)).to(device), facts
+    model = load(run, facts.architecture if facts else named_architecture(run)).to(device)
+    set_sweeps(model, sweeps)
+    return model, facts
 
 
 def accuracy_line(top1: float, architecture: str, facts: RunFacts | None) -> str:
@@ -102,6 +110,7 @@ class Validate:
         batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
         workers: processes that load images.
+        sweeps: of the free phase, in place of those that it was trained with; 0 tests the feedforward pass alone.
         output: also write the figures to this file, as JSON.
     """
 
@@ -111,6 +120,7 @@ class Validate:
     batch_size: int = 64
     device: str = "cpu"
     workers: int = 0
+    sweeps: int | None = None
     output: Path | None = None
 
     def run(self) -> Evaluation:
@@ -119,7 +129,7 @@ class Validate:
         Raises:
             ValueError: images of other classes than the model's.
         """
-        model, facts = load_run(self.run_folder, self.device)
+        model, facts = load_run(self.run_folder, self.device, self.sweeps)
         data = open_data(dataset_of(self.run_folder, facts, self.dataset), self.data_dir)
         for note in data.notes:
             print(f"warning: {note}", file=sys.stderr)

@@ -67,6 +67,7 @@ class TrainingOptions:
         teacher: what to distil from, as for `timm_ep.signals.teachers.create_teacher`: a name of timm, `hf-hub:…`,
             `local-dir:…`, or the folder of a run.
         teacher_checkpoint: weights for the model that `teacher` names.
+        teacher_img_size: side of the images that the teacher is shown, in pixels; by default its own.
         distill_features: weight of the teacher's features as targets of the states; 0 for none.
         distill_features_args: further arguments of `timm_ep.FeatureDistillation`.
         distill_logits: weight of the teacher's logits beside the labels, at the read-out and at every layer; 0 for
@@ -156,6 +157,7 @@ class TrainingOptions:
     local_error_args: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     teacher_checkpoint: Path | None = None
+    teacher_img_size: int | None = None
     distill_features: float = 0.0
     distill_features_args: dict[str, Any] = field(default_factory=dict)
     distill_logits: float = 0.0

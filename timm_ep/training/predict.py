@@ -39,6 +39,7 @@ class Predict:
         data_dir: where the test images are, if not embedded.
         batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
+        sweeps: of the free phase, in place of those that it was trained with; 0 takes the feedforward pass alone.
     """
 
     run_folder: Path
@@ -48,6 +49,7 @@ class Predict:
     data_dir: Path | None = None
     batch_size: int = 64
     device: str = "cpu"
+    sweeps: int | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.batch_size < 1:
@@ -63,7 +65,7 @@ class Predict:
             ValueError: a run that does not pass the checks.
             SystemExit: pictures that could not be read; they are listed, and the code is 1.
         """
-        model, facts = load_run(self.run_folder, self.device)
+        model, facts = load_run(self.run_folder, self.device, self.sweeps)
         transform, names = run_transform(model), label_names(model)
         answers: list[Answer] = []
         unreadable: list[str] = []

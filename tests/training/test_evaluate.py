@@ -1,0 +1,26 @@
+"""What is done with a saved model: tested and asked, with its own sweeps or others."""
+
+import pytest
+import timm
+import torch
+
+from timm_ep.hub.export import save
+from timm_ep.models.named import set_sweeps
+from timm_ep.training.evaluate import load_run
+
+
+def test_other_sweeps_than_those_of_the_training(tmp_path):
+    """As if the model had been created with them; 0 is the twin. Other models have none."""
+    model = timm.create_model("ep_vgg5_025", num_classes=10, in_chans=1, feedback=0.3).eval()
+    save(tmp_path, model, [str(digit) for digit in range(10)], 32, (0.4,), (0.3,))
+    images = torch.randn(2, 1, 32, 32)
+    answers = {sweeps: load_run(tmp_path, sweeps=sweeps)[0](images) for sweeps in (None, 0, 3)}
+    assert torch.equal(answers[None], model(images))
+    model.free_sweeps = 3
+    assert torch.equal(answers[3], model(images))
+    model.gradient = "backprop"
+    assert torch.equal(answers[0], model(images))
+    with pytest.raises(ValueError, match="free_sweeps=-1 is too small"):
+        load_run(tmp_path, sweeps=-1)
+    with pytest.raises(ValueError, match="sweeps=3: a ResNet does not settle"):
+        set_sweeps(timm.create_model("test_resnet"), 3)
