@@ -215,7 +215,8 @@ def _text(result: BenchmarkResult) -> str:
         )
     lines += [
         "",
-        f"classic reference: extrapolated to {CLASSIC.free_sweeps} free steps, 2 × {CLASSIC.nudged_sweeps} nudged ones "
+        f"classic reference ({'the same net' if result.settings['feedback'] == 1 else 'λ = 1, max pooling'}): "
+        f"extrapolated to {CLASSIC.free_sweeps} free steps, 2 × {CLASSIC.nudged_sweeps} nudged ones "
         "and 2 contrasts from one of each a round;",
         *(f"  {name} is {times:.0f} times as fast" for name, times in result.speedups.items()),
         f"cosines: to the exact gradient of the settled net, on {result.checked} images; backprop's is of its own net",

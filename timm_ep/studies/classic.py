@@ -25,9 +25,15 @@ _SETTLING = 3  # steps from zero, so that what is timed has the values of a sett
 
 
 def classic_net(model: EpVgg) -> Classic:
-    """The net of a model as the literature runs it: λ = 1, max pooling, and a softmax read-out outside the dynamics."""
-    net = replace(Reference.of(model), pool="max", feedback=1.0)
+    """The net of a model as the literature runs it: λ = 1 and a softmax read-out outside the dynamics.
+
+    Max pooling, too, unless the model is at λ = 1 itself: then it is the same net.
+    """
+    net = Reference.of(model)
+    if model.feedback != 1:
+        net = replace(net, pool="max", feedback=1.0)
     weight, bias = (parameter.detach() for parameter in (model.head.fc.weight, model.head.fc.bias))
+    weight = weight / model.unit ** len(model.layers)  # of the states as they are
     return Classic(net, partial(F.cross_entropy, reduction="none"), weight, bias)
 
 
@@ -72,5 +78,5 @@ def classic_checks(model: EpVgg, images: Tensor, labels: Tensor) -> list[LayerCh
     kernels = [layer()[0] for layer in model.layers]  # functions of the weights: the chain rule takes it from here
     weights = [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(kernels))]
     gradients = torch.autograd.grad(kernels, weights, estimates[: len(kernels)])
-    exact = exact_gradients(changed(model, **vars(CLASSIC)), images, labels)
+    exact = exact_gradients(changed(model, **{**vars(CLASSIC), "pool": classic.net.pool}), images, labels)
     return compared([gradient.double().flatten() for gradient in gradients], exact)

@@ -28,13 +28,14 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass
 class Reference:
-    """A net by its parameters: 3×3 kernels at stride 1, biases, and which layers pool 2×2."""
+    """A net by its parameters: 3×3 kernels at stride 1, biases, which layers pool 2×2, and paddings (1 by default)."""
 
     kernels: list[Tensor]
     biases: list[Tensor]
     pooled: list[bool]
     pool: str = "avg"
     feedback: float = 1.0
+    padding: Sequence[int] | None = None
     readout: tuple[Tensor, Tensor] | None = None  # weight (classes, channels), bias: one more layer, fully connected
 
     def __post_init__(self) -> None:
@@ -47,14 +48,14 @@ class Reference:
         """The net of an EpVgg, its parameters cut off from the model's."""
         kernels = [conv()[0].detach() for conv in model.layers]
         biases = [conv()[1].detach() for conv in model.layers]
-        return cls(kernels, biases, model.pooled, model.pool, model.feedback, **kwargs)
+        return cls(kernels, biases, model.pooled, model.pool, model.feedback, model.padding, **kwargs)
 
     def drive(self, layer: int, below: Tensor, kernels: Tensors = None, biases: Tensors = None) -> Tensor:
         """P_l(W_l ⋆ s_(l−1) + b_l)."""
         kernel, bias = (kernels or self.kernels)[layer], (biases or self.biases)[layer]
         if kernel.dim() == 2:
             return F.linear(below.mean((2, 3)), kernel, bias)[:, :, None, None]
-        out = F.conv2d(below, kernel, bias, padding=1)
+        out = F.conv2d(below, kernel, bias, padding=1 if self.padding is None else self.padding[layer])
         if not self.pooled[layer]:
             return out
         return F.max_pool2d(out, 2) if self.pool == "max" else F.avg_pool2d(out, 2)
