@@ -133,12 +133,12 @@ def test_the_parts_are_the_steps_of_the_classic_algorithm(monkeypatch):
     for name, times in {"free step": 3, "nudged step": 2, "contrast": 1}.items():
         for _ in range(times):
             parts[name]()
-    nudged = net.net.settle(images, start, 2, 1.0, lambda states: net.objective(states, labels))
-    assert_close(seen, [images, labels, nudged, net.net.settle(images, steps=6), 1.0])
+    nudged = net.net.settle(images, start, 2, classic.CLASSIC.beta, lambda states: net.objective(states, labels))
+    assert_close(seen, [images, labels, nudged, net.net.settle(images, steps=6), classic.CLASSIC.beta])
 
 
 @pytest.mark.parametrize(
-    ("own", "pool"), [({}, "max"), ({"feedback": 1.0, "unit": 0.5, "padding": [1, 2, 0, 1]}, "avg")]
+    ("own", "pool"), [({}, "max"), ({"feedback": 1.0, "unit": 0.5, "padding": [1, 2, 1, 1]}, "avg")]
 )
 def test_the_classic_reference_agrees_with_the_package_s_own_classic_preset(own, pool, monkeypatch):
     """Both beside the exact gradient of the same net, at few steps; a net that is at λ = 1 is taken as it is."""
