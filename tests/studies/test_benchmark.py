@@ -138,14 +138,15 @@ def test_the_parts_are_the_steps_of_the_classic_algorithm(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("own", "pool"), [({}, "max"), ({"feedback": 1.0, "unit": 0.5, "padding": [1, 2, 1, 1]}, "avg")]
+    ("own", "pool"),
+    [({"gain": 0.5}, "max"), ({"gain": 0.2, "feedback": 1.0, "unit": 0.5, "padding": [1, 2, 1, 1]}, "avg")],
 )
 def test_the_classic_reference_agrees_with_the_package_s_own_classic_preset(own, pool, monkeypatch):
     """Both beside the exact gradient of the same net, at few steps; a net that is at λ = 1 is taken as it is."""
     few = Settings.preset("classic", free_sweeps=60, nudged_sweeps=30, beta=0.1)
     monkeypatch.setattr(classic, "CLASSIC", few)
     monkeypatch.setattr(classic, "_BETAS", (0.1, -0.1))
-    model, (images, labels) = make_net(4, gain=0.5, **own), make_batch()
+    model, (images, labels) = make_net(4, **own), make_batch()
     rows = classic_checks(model, images, labels)
     model.settings = dataclasses.replace(few, pool=pool)
     for row, ours in zip(rows, gradient_check(model, images, labels), strict=True):
