@@ -263,7 +263,7 @@ def few_images(folder: Path) -> Iterator[Case]:
 
 
 def shown(path: Path) -> Any:
-    """The first pixel, in training and in prediction, as values of 0 to 255."""
+    """The first pixel in training, in prediction and of what a user opens by Pillow, as values of 0 to 255."""
     from timm_ep.data import transforms
     from timm_ep.training import predict
 
@@ -271,7 +271,7 @@ def shown(path: Path) -> Any:
     data = path.parents[2]
     source = opened(data)
     to_tensor = transforms.image_transform(4, (0.0,) * 3, (1.0,) * 3)
-    pixels = [to_tensor(image)[:, 0, 0] for image in (source.train[0][0], opener(path))]
+    pixels = [to_tensor(image)[:, 0, 0] for image in (source.train[0][0], opener(path), Image.open(path))]
     return [[round(float(value) * 255) for value in pixel] for pixel in pixels]
 
 
@@ -308,7 +308,7 @@ def modes_of_pictures(folder: Path) -> Iterator[Case]:
         picture(data / "train" / "dog" / "0.png")
         image.save(path, **options)
         pixel = [value] * 3 if isinstance(value, int) else value
-        yield name, lambda path=path: shown(path), [pixel, pixel]
+        yield name, lambda path=path: shown(path), [pixel] * 3
 
 
 def grey_images(folder: Path) -> Iterator[Case]:
@@ -606,8 +606,8 @@ def optimizers(folder: Path) -> Iterator[Case]:
 def torchrun(folder: Path) -> Iterator[Case]:
     """21. A corrupt image in a torchrun of two"""
     data = folders(folder / "data", count=16)
-    for index in range(4, 6):  # not the first, which every process looks at before
-        (data / "train" / "dog" / f"{index}.png").write_bytes(b"no picture")
+    # One, which one of them meets; not the first, which every process looks at before.
+    (data / "train" / "dog" / "5.png").write_bytes(b"no picture")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

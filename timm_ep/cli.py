@@ -104,9 +104,10 @@ def _found(value: Any) -> Any:
         return [_found(item) for item in value]
     if isinstance(value, Path):
         return Path(_expanded(str(value)))
-    if isinstance(value, str) and value.startswith(("local-dir:", "hfds/")):
-        kind = value[: value.index(value[9 if value.startswith("local") else 4]) + 1]
-        return kind + _expanded(value.removeprefix(kind))
+    if isinstance(value, str):  # which may be a path too, as of a teacher
+        kind = next(kind for kind in ("local-dir:", "hfds/", "") if value.startswith(kind))
+        path = value.removeprefix(kind)
+        return kind + _expanded(path) if path.startswith(("~", "$")) else value
     return value
 
 

@@ -25,8 +25,12 @@ from hub_client import Client
 from hub_server import HubServer
 from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
 from timm_ep import cli
+from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.transforms import run_transform
 from timm_ep.hub import publishing as hub
 from timm_ep.hub.export import prepare
+from timm_ep.training.evaluate import Validate, evaluate, load_run
+from timm_ep.training.predict import Predict
 
 ALICE, BOB, READER = "hf_alicealicealicealice", "hf_bobbobbobbobbobbob", "hf_readerreaderreader"
 FILES = {"README.md", "config.json", "model.safetensors", "results.json", "summary.csv", "curves.png", ".gitattributes"}
@@ -123,6 +127,31 @@ def test_round_trip(site, cache, run, tmp_path, kind):
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert not any(torch.equal(start[name], value) for name, value in tuned.named_parameters())
+
+
+def test_what_timm_itself_pushed_is_pulled_tested_and_predicted_with(site, cache, tmp_path):
+    """Without facts of a training or names of classes, with a pickle beside the safetensors, which stays there."""
+    model = timm.create_model("ep_vgg5_025", num_classes=10, in_chans=1, **SETTINGS).eval()
+    cache(timm.models.push_to_hf_hub, model, ID)
+    assert "pytorch_model.bin" in site.repositories[ID].tree()
+    folder = cache(hub.pull, ID, tmp_path / "pulled")
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    loaded, facts = load_run(folder)
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert facts is None
+    tested = Validate(folder, dataset="digits").run()
+    assert tested.top1 == evaluate(model, digits_of(model)).top1
+    with pytest.raises(ValueError, match="does not say what images it was trained on; give --dataset"):
+        Validate(folder).run()
+    Image.new("L", (32, 32)).save(tmp_path / "a.png")
+    assert len(Predict(folder, tmp_path / "a.png").run()) == 1
+
+
+def digits_of(model):
+    data = open_data("digits")
+    data.test.transform = run_transform(model)
+    return create_loader(data.test, 64)
 
 
 def test_a_dry_run_is_exactly_what_would_appear(site, cache, run, tmp_path):

@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from timm_ep.base.text import is_plain_text, same_name
 from timm_ep.data.pictures import PICTURE_SUFFIXES, Pictures
@@ -174,14 +174,19 @@ class ClassTar(_Classified):
         super().__init__(root, self._places, passed_over)
 
     def _list(self, tar: tarfile.TarFile, prefix: str, start: int, passed_over: Counter[str]) -> None:
-        for member in tar:
-            name = posixpath.normpath(member.name)
+        members = {posixpath.normpath(member.name): member for member in tar}
+        # Python takes a damaged header for the end, and a file that is cut off for whole.
+        file: Any = tar.fileobj
+        size, end = file.seek(0, os.SEEK_END), file.seek(tar.offset)
+        if end > size or file.read(512).strip(b"\0"):
+            raise tarfile.ReadError(f"it is cut off, or damaged after {len(members)} members")
+        for name, member in members.items():
             if member.isdir():
                 continue
             if any(map(_is_hidden, name.split("/"))):
                 passed_over["hidden"] += 1
                 continue
-            target = _target(tar, member)
+            target = _target(members, name)
             if target is None:
                 passed_over["link to nothing, or no file"] += 1
             elif name.lower().endswith(".tar"):
@@ -197,16 +202,12 @@ class ClassTar(_Classified):
             return io.BytesIO(file.read(size))
 
 
-def _target(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _target(members: dict[str, tarfile.TarInfo], name: str) -> tarfile.TarInfo | None:
     """The file that a member is or links to."""
     for _ in range(10):
-        if member.isreg():
-            return member
-        if not (member.islnk() or member.issym()):
-            return None
+        member = members.get(posixpath.normpath(name))
+        if member is None or not (member.islnk() or member.issym()):
+            return member if member is not None and member.isreg() else None
         beside = posixpath.dirname(member.name) if member.issym() else ""
-        try:
-            member = tar.getmember(posixpath.normpath(posixpath.join(beside, member.linkname)))
-        except KeyError:
-            return None
+        name = posixpath.join(beside, member.linkname)
     return None

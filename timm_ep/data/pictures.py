@@ -25,6 +25,7 @@ IMAGE_ERRORS = (
     LookupError,
     EOFError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -61,7 +62,6 @@ def open_picture(file: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image
         IMAGE_ERRORS: nothing that Pillow can read, or whose brightness is not known.
     """
     with Image.open(file) as image:
-        image.load()
         return as_shown(image, mode)
 
 
@@ -78,6 +78,7 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
     Raises:
         ValueError: pixels of 32 bits, of which nobody knows how bright white is.
     """
+    image.load()  # before its orientation is asked for: a TIFF turns itself
     turn = _TURNS.get(_orientation(image))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _scaled(image)

@@ -4,6 +4,7 @@
 ReLU nets are positively homogeneous, so that a layer can be scaled by 1/c if the next one is scaled by c.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ class Convert:
         if not isinstance(source, VGG):
             raise ValueError(f"{self.source} is a {type(source).__name__}; only VGGs of timm (vgg11 … vgg19) convert.")
         cfg, data = resolve_data_config(model=source), open_data(self.dataset, self.data_dir)
+        for note in data.notes:
+            print(f"warning: {note}", file=sys.stderr)
         mean, std = (channel_values(cfg[name], source.in_chans) for name in ("mean", "std"))
         size = self.img_size or cfg["input_size"][-1]
         name = self.model or "ep_" + source.pretrained_cfg["architecture"].removesuffix("_bn")
