@@ -402,18 +402,16 @@ def predictions(folder: Path) -> Iterator[Case]:
     sizes = []
 
     def seen() -> Any:
-        from timm_ep.data import datasets
-        from timm_ep.training import assembly
+        from torch.utils.data import DataLoader
 
-        def noting(dataset, batch_size, workers=0):
-            sizes.append(batch_size)
-            return original(dataset, batch_size, workers)
+        def noting(self, dataset, batch_size=1, **options):
+            if "batch_sampler" not in options:
+                sizes.append(batch_size)
+            original(self, dataset, batch_size, **options)
 
-        original, assembly.create_loader = datasets.create_loader, noting
-        try:
+        original = DataLoader.__init__
+        with mock.patch.object(DataLoader, "__init__", noting):
             train(data, folder / "b")
-        finally:
-            assembly.create_loader = original
         return max(sizes)
 
     yield "the trainer's tests take batches of --batch-size", seen, 4

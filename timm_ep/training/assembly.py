@@ -1,9 +1,7 @@
 """From options to a training loop: images, model, signals and teacher, optimizer and schedule."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -15,10 +13,8 @@ from torch.nn.functional import one_hot
 from torch.utils.data import Subset
 
 from timm_ep.base.text import same_name
-from timm_ep.data.damaged import damaged_images, without_images
-from timm_ep.data.datasets import DataSource, create_loader, labels_of, limit, open_data, split_off
+from timm_ep.data.datasets import DataSource, labels_of, limit, split_off
 from timm_ep.data.loader import EpochOrder, Samples, training_loader
-from timm_ep.data.pictures import UnreadableImage
 from timm_ep.data.transforms import augmentation, channel_values, image_transform
 from timm_ep.hub.repository import (
     CONFIG_NAME,
@@ -37,51 +33,13 @@ from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import Teacher, TeacherCache, create_teacher
 from timm_ep.training.checkpoints import CheckpointStore, unfinished
 from timm_ep.training.distributed import World
+from timm_ep.training.images import RunImages, plain_loader
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
 from timm_ep.training.optimizer import create_optimizer
 from timm_ep.training.options import TrainingOptions
 
-__all__ = ["RunImages", "create_loop", "create_model", "freeze_modules", "open_images", "open_source", "plain_loader"]
-
-
-class RunImages(NamedTuple):
-    """The images of a run, as PIL images, and how the model wants them."""
-
-    source: DataSource
-    train: Any
-    validation: Any
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -> tuple[DataSource, dict[str, str]]:
-    """The images as the model is to see them, and why some are left out, by their names.
-
-    Args:
-        options: of the training.
-        world: the processes, which share out the search for damaged images.
-        state: of the run that is resumed, in which those were left out that it names; empty for a new one.
-
-    Raises:
-        ValueError: images of one class, or of other channels than grey or colour.
-    """
-    source = open_data(options.dataset, options.data_dir)
-    channels = options.in_chans or options.model_args.get("in_chans", source.channels)
-    if channels not in (1, 3):
-        raise ValueError(f"in_chans={channels}, but images are seen in grey (1) or in colour (3).")
-    if len(source.classes) < 2:
-        raise ValueError(f"{options.dataset} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
-    left_out: dict[str, str] = {}
-    if options.bad_images == "skip":
-        if state:
-            left_out = state["identity"]["bad_images"]
-        else:
-            for found in world.gather(damaged_images(source, options.workers, world.rank, world.size)):
-                left_out |= found
-        source = without_images(source, list(left_out))
-    return replace(source, channels=channels), left_out
+__all__ = ["create_loop", "create_model", "freeze_modules", "open_images"]
 
 
 def open_images(options: TrainingOptions, source: DataSource) -> tuple[RunImages, nn.Module]:
@@ -399,46 +357,3 @@ def _probe(options: TrainingOptions, images: RunImages) -> tuple[torch.Tensor, t
     few = Subset(images.train, range(min(options.batch_size, len(images.train))))
     pictures, labels = next(iter(plain_loader(options, few, images)))
     return pictures, one_hot(labels, len(images.source.classes)).float() if options.mixes else labels
-
-
-def plain_loader(
-    options: TrainingOptions, dataset: Any, images: RunImages, world: World | None = None
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Images without augmentation, in order; with `world` those of this process."""
-    shared = world is not None and world.size > 1
-    if world is not None and shared:
-        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
-    samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
-    loader = create_loader(samples, options.batch_size, options.workers)
-    return _Together(loader, world) if world is not None and shared else loader
-
-
-@dataclass(frozen=True)
-class _Together:
-    """Batches of each process, after which an image that any could not read is an error in all."""
-
-    loader: Iterable[Any]
-    world: World
-
-    def __iter__(self) -> Iterator[Any]:
-        failure = None
-        try:
-            yield from self.loader
-        except UnreadableImage as error:
-            failure = error
-        self.world.agree(failure)
-
-
-@dataclass(frozen=True)
-class _Transformed:
-    """A dataset's (PIL image, label) with the image as a tensor."""
-
-    dataset: Any
-    transform: Any
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, label = self.dataset[index]
-        return self.transform(image), label

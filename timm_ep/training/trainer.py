@@ -15,10 +15,11 @@ from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
-from timm_ep.training.assembly import RunImages, create_loop, open_images, open_source, plain_loader
+from timm_ep.training.assembly import create_loop, open_images
 from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.training.distributed import World, join_world
 from timm_ep.training.evaluate import accuracy_line, evaluate
+from timm_ep.training.images import RunImages, open_source, plain_loader
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import TrainingLoop
 from timm_ep.training.options import TrainingOptions
