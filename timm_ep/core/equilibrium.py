@@ -58,14 +58,14 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
 
 def _recorded(net: Net, x: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """The states as plain operations for a batch of any size, detached: autograd through them would be BPTT, not EP."""
-    if settings.tol > 0 and settings.gradient != "backprop":
+    if settings.tol > 0 and settings.settles:
         raise ValueError(
             f"tol={settings.tol} stops the sweeps when the images have settled; what is exported runs a fixed number "
             "of sweeps. Set tol=0, and free_sweeps to their number."
         )
     with convolutions_only():  # which products are computed as matrices depends on the size of the batch
         net, x = prepared(net, x)
-        if settings.gradient == "backprop":
+        if not settings.settles:
             states = feedforward_pass(net, x).states
         else:
             if settings.gradient == "ep":

@@ -164,8 +164,9 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> EpVgg:
         if pretrained:
             _check_weights(variant, kwargs)
-        released = f"{variant}.{kwargs.get('pretrained_cfg')}"
-        kwargs = {"architecture": scaled, **_TRAINED_WITH.get(released, {}), **kwargs}
+        # timm's scripts give the whole configuration where its factory gives the tag.
+        tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
+        kwargs = {"architecture": scaled, **_TRAINED_WITH.get(f"{variant}.{tag}", {}), **kwargs}
         if kwargs.get("preset", "fast") == "fast":
             kwargs.setdefault("feedback", _FEEDBACK[base])
         resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
