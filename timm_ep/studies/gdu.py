@@ -145,7 +145,7 @@ def _ep_updates(
     model: EpVgg, net: Net, x: Tensor, trajectory: list[list[Tensor]], criterion: nn.Module, labels: Tensor, steps: int
 ) -> list[list[Tensor]]:
     """Δ_EP(t) of every kernel, the mean over the nudged phases of the settings."""
-    settings = replace(model.settings, update="synchronous", nudged_sweeps=steps)
+    settings = replace(model.settings, update="synchronous", nudged_sweeps=steps, tol=0.0)
     states = trajectory[-1]
     free = phase_at(net, x, states, settings.feedback)
     if settings.forces == "frozen":  # held where the last step left them, settled or not
