@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timm_ep.core.convolution import convolutions_only
+from timm_ep.core.device import device_free_phase, device_nudged_phase
 from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
 from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
@@ -45,7 +46,8 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
     """
     if recording():
         return _recorded(net, x, settings)
-    net, x = prepared(net, x)
+    with convolutions_only() if settings.physical else nullcontext():  # a weight of a device stands for itself
+        net, x = prepared(net, x)
     with no_autocast(x.device.type):
         if settings.gradient == "ep":
             # Asked here: inside, autograd is off.
@@ -111,6 +113,12 @@ class _Equilibrium(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
         net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
+        if settings.physical:
+            states = device_free_phase(net, x, settings)
+            ctx.settings, ctx.couplings = settings, couplings
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, *params, *states)
+            return tuple(states)
         free = free_phase(net, x, settings, states_only=not learns)
         # Only max pooling reads the drives of the free phase again, for their winners.
         drives = [
@@ -129,6 +137,11 @@ class _Equilibrium(torch.autograd.Function):
         depth = len(ctx.couplings)
         x, *saved = ctx.saved_tensors
         kernels, biases, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(3))
+        if ctx.settings.physical:
+            net = Net(ctx.couplings, tuple(kernels), tuple(biases))
+            with no_autocast(x.device.type):
+                gradients = device_gradient(net, x, preactivations, grads, ctx.settings, ctx.needs_input_grad[3:])
+            return (None, None, None, *gradients)
         triples = (saved[3 * depth + i :: 3] for i in range(3))
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
         net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
@@ -186,6 +199,25 @@ def ep_gradient(
         contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
         for beta in nudging_strengths(settings)
     ]
+    return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
+
+
+def device_gradient(
+    net: Net,
+    x: Tensor,
+    states: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    settings: Settings,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """As `ep_gradient`, of a device: from its free states as they were read, and a nudged phase of its own."""
+    forces, scales = normalised_forces(grads)
+    scale = scales.amax()
+    weights = (scales / scale).to(x.dtype)
+    estimates = []
+    for beta in nudging_strengths(settings):
+        free, nudged = device_nudged_phase(net, x, states, forces, settings, beta)
+        estimates.append(contrast(net, x, free, nudged, settings, beta, needed, weights))
     return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
 
 

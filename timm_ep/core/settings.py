@@ -6,6 +6,17 @@ from typing import Any, Literal, get_args
 __all__ = ["PRESETS", "SETTING_NAMES", "Settings"]
 
 
+_PHYSICAL = (
+    "state_noise",
+    "relative_state_noise",
+    "drive_noise",
+    "relative_drive_noise",
+    "state_bits",
+    "weight_bits",
+    "feedback_mismatch",
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a net settles and how its gradient is taken. Every field is a constructor argument and attribute of a model.
@@ -52,6 +63,21 @@ class Settings:
             the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
             `local`: the same twin, each layer by the losses on its own state alone: what intermediate error signals do
             without any credit from above (Nøkland & Eidnes, arXiv:1901.06656), to tell what EP adds to them.
+        state_noise: standard deviation of what is added to a state at every update, in units of its range. This and
+            all that follows make a physical device of the net (`timm_ep.core.device`): the two phases settle
+            independently and their states are subtracted, with β the largest push on a pre-activation of the last
+            layer. All 0 or off by default; then none of it runs.
+        relative_state_noise: the same over the state.
+        drive_noise: the same of pre-activations, before they are clipped.
+        relative_drive_noise: the same over the pre-activation.
+        noise: `fresh`: new numbers at every update, independent in both phases. `frozen`: the same for every image,
+            update and phase: neurons that differ from each other, as they were made.
+        state_bits: of a state in [0, 1] as it is kept and read; 0 for all.
+        weight_bits: of a kernel between minus and plus its largest entry; 0 for all. Gradients pass to the parameters
+            as if there were no rounding.
+        rounding: `nearest`, or `stochastic`: up or down, the nearer the likelier.
+        feedback_mismatch: standard deviation of a feedback weight over the forward weight, fixed: feedback that is not
+            the transpose. The energy is then only nearly one.
 
     Raises:
         TypeError: a value of another type.
@@ -70,6 +96,15 @@ class Settings:
     pool: Literal["avg", "max"] = "avg"
     products: Literal["full", "bfloat16", "float16"] = "full"
     gradient: Literal["ep", "bptt", "backprop", "local"] = "ep"
+    state_noise: float = 0.0
+    relative_state_noise: float = 0.0
+    drive_noise: float = 0.0
+    relative_drive_noise: float = 0.0
+    noise: Literal["fresh", "frozen"] = "fresh"
+    state_bits: int = 0
+    weight_bits: int = 0
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    feedback_mismatch: float = 0.0
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -85,16 +120,27 @@ class Settings:
                 )
             elif not abs(value) < float("inf"):
                 raise ValueError(f"{option.name}={value!r} is not finite; give a number like {option.default}.")
-        for name, least in {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0}.items():
+        least_values = {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0, **dict.fromkeys(_PHYSICAL, 0)}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
         if self.beta == 0:
             raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
+        if self.physical and (self.forces == "live" or self.products != "full" or self.tol > 0):
+            raise ValueError(
+                "A device (noise, bits, feedback_mismatch) settles for a fixed time under frozen forces, in full "
+                f"products: got forces={self.forces!r}, products={self.products!r} and tol={self.tol}."
+            )
         if self.forces == "live" and self.products != "full":
             raise ValueError(
                 f"products={self.products!r} would drown live forces, which need every product to the last bit; use "
                 "products='full', or forces='frozen'."
             )
+
+    @property
+    def physical(self) -> bool:
+        """Whether the net is a device: something disturbs its states or its weights."""
+        return any(getattr(self, name) for name in _PHYSICAL)
 
     @property
     def settles(self) -> bool:
