@@ -428,7 +428,7 @@ def paths_and_numbers(folder: Path) -> Iterator[Case]:
         "data_dir: ~/${PETS}\noutput: ~/yaml\ndataset: folder\nepochs: 1\nbatch_size: 4\nquiet: true\nimg_size: 16\n"
         "lr: 1e-3\nmodel_args: {architecture: [4, M, 6, M], beta: 2e-3}\n"
     )
-    yield "in YAML", lambda: apart(["train", "--config", "a.yaml"], folder, folder, **environment).code, 0
+    yield "in YAML", lambda: apart(["train", "--config=~/a.yaml"], folder, folder, **environment).code, 0
     beta = lambda: json.loads((folder / "yaml" / "config.json").read_text())["model_args"]["beta"]  # noqa: E731
     yield "a number in nested arguments", beta, 0.002
     unset = lambda: train(data, folder / "$NOWHERE" / "x")  # noqa: E731

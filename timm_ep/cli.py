@@ -88,7 +88,7 @@ def _main(words: list[str]) -> None:
     except Exception as error:
         if debug:
             raise
-        message = redacted(str(error))
+        message = "; ".join(line.strip() for line in redacted(str(error)).splitlines() if line.strip())
         if isinstance(error, _EXPLAINED):
             parser.exit(2, f"timm-ep {name}: error: {message}\n")
         parser.exit(1, f"timm-ep {name}: unexpected {type(error).__name__}: {message}\n--debug shows where it arose.\n")
@@ -143,6 +143,8 @@ def run_script(words: Sequence[str]) -> None:
 def _underscored(option: str) -> str:
     """`--batch-size` is `--batch_size`; values keep their hyphens."""
     name, equals, value = option.partition("=")
+    if name == "--config":  # which is read before the paths in it are
+        value = os.path.expanduser(os.path.expandvars(value))
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else option
 
 

@@ -150,6 +150,16 @@ def test_which_folder_is_for_what(tmp_path, names, expected):
     assert (data.validation is data.test) == (expected[0] == expected[1])
 
 
+@pytest.mark.parametrize("other", ["Train", "training", "training.tar"])
+def test_two_folders_that_may_both_be_meant_are_refused(tmp_path, other):
+    write(tmp_path, ["train/a/1.png", "test/a/1.png", f"{other}/a/1.png"])
+    if other.endswith(".tar"):
+        (tmp_path / other).rename(tmp_path / "x")
+        make_tar(tmp_path / other, {"a/1.png": png()})
+    with pytest.raises(ValueError, match="either of which may be the train images"):
+        open_data("folder", tmp_path)
+
+
 def test_a_tar_beside_the_folder_that_was_unpacked_from_it_is_left_alone(tmp_path):
     write(tmp_path, ["train/a/1.png", "test/a/1.png"])
     (tmp_path / "train.tar").write_bytes(b"")

@@ -164,7 +164,7 @@ def _find_parts(data_dir: Path) -> dict[str, Path]:
                 continue
             if use not in found:
                 found[use] = path
-            elif found[use].name.lower() != stem:  # the tar that a folder was unpacked from may lie beside it
+            elif path.is_dir() or found[use].name.lower() != stem:  # a tar may lie beside what was unpacked from it
                 raise ValueError(
                     f"{data_dir} has {found[use].name} and {path.name}, either of which may be the {use} images; keep "
                     "one under such a name."

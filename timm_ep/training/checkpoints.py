@@ -134,9 +134,9 @@ class Newest(NamedTuple):
 
 
 def unfinished(run: Path) -> str:
-    """What to do about a run that left checkpoints and no weights: it was killed before it could write them."""
+    """What to do about a run that left checkpoints and no weights: it ended before it could write them."""
     return (
-        f"{run} is of a training that was killed, and has checkpoints but no weights. Go on with it: timm-ep train "
+        f"{run} is of a training that was broken off, and has checkpoints but no weights. Go on with it: timm-ep train "
         f"--config {run / 'args.yaml'} --resume; stopped by Ctrl-C or SIGTERM, or at its end, it writes them."
     )
 
