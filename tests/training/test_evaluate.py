@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from conftest import make_batch, make_net
 from timm_ep.hub.export import save
 from timm_ep.models.named import set_sweeps
 from timm_ep.training.evaluate import load_run
@@ -20,6 +21,11 @@ def test_other_sweeps_than_those_of_the_training(tmp_path):
     assert torch.equal(answers[3], model(images))
     model.gradient = "backprop"
     assert torch.equal(answers[0], model(images))
+    classic, twin = (make_net(4, preset="classic", tol=0.1, gradient=gradient) for gradient in ("ep", "backprop"))
+    set_sweeps(classic, 0)
+    assert torch.equal(classic(make_batch()[0]), twin(make_batch()[0]))
+    set_sweeps(classic, 7)
+    assert (classic.free_sweeps, classic.tol) == (7, 0)
     with pytest.raises(ValueError, match="free_sweeps=-1 is too small"):
         load_run(tmp_path, sweeps=-1)
     with pytest.raises(ValueError, match="sweeps=3: a ResNet does not settle"):

@@ -63,7 +63,7 @@ def _recorded(net: Net, x: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     if settings.tol > 0 and settings.settles:
         raise ValueError(
             f"tol={settings.tol} stops the sweeps when the images have settled; what is exported runs a fixed number "
-            "of sweeps. Set tol=0, and free_sweeps to their number."
+            "of sweeps. Set tol=0, and free_sweeps to their number (timm-ep export --sweeps)."
         )
     with convolutions_only():  # which products are computed as matrices depends on the size of the batch
         net, x = prepared(net, x)

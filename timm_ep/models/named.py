@@ -34,7 +34,9 @@ def create_named(model_name: str, **kwargs: Any) -> nn.Module:
 
 
 def set_sweeps(model: nn.Module, sweeps: int | None) -> None:
-    """Let a model settle by so many free sweeps instead of its own; None leaves them, 0 gives the feedforward twin.
+    """Let a model settle by exactly so many free sweeps, whatever its own number or tolerance.
+
+    None leaves it as it is; 0 makes it its feedforward twin, from whatever start it settles.
 
     Raises:
         ValueError: fewer than none, or a model that does not settle.
@@ -43,4 +45,5 @@ def set_sweeps(model: nn.Module, sweeps: int | None) -> None:
         return
     if not isinstance(model, EpVgg):
         raise ValueError(f"sweeps={sweeps}: a {type(model).__name__} does not settle; only the ep_vgg* do.")
-    model.settings = replace(model.settings, free_sweeps=sweeps)
+    settings = replace(model.settings, free_sweeps=sweeps, tol=0.0)
+    model.settings = settings if sweeps else replace(settings, gradient="backprop")
