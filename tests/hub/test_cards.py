@@ -226,7 +226,7 @@ def test_the_command_line_strikes_tokens_out_of_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["validate", "--config", str(tmp_path / "options.yaml")])
     told = capsys.readouterr().err
-    assert "***/results.json does not exist" in told
+    assert "*** does not exist; expected the folder of a run" in told
     assert SECRET not in told
 
 
