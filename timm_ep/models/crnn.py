@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from timm_ep.core.free_phase import free_phase
 from timm_ep.core.live import LossOfStates, live_loss
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import SETTING_NAMES, Settings
+from timm_ep.models.images import check_images
 from timm_ep.models.layers import EpConv2d
 from timm_ep.models.presets import KERNELS
 
@@ -232,14 +232,14 @@ class EpVgg(nn.Module):
         if self._output_settles:
             if size is None:
                 raise ValueError("The net of a model with readout='state' depends on the image size; give size=(H, W).")
-            height, width = map(self._top_size, size)
+            height, width = map(self.top_size, size)
             kernel = self.head.fc.weight[:, :, None, None] / (height * width)
             kernels.append(kernel.expand(-1, -1, height, width))
             biases.append(self.head.fc.bias)
             couplings.append(Coupling(padding=0))
         return Net(tuple(couplings), tuple(kernels), tuple(biases))
 
-    def _top_size(self, size: int) -> int:
+    def top_size(self, size: int) -> int:
         """Side of the last state for images of this side; 0 or less if there is none."""
         for pooled, padding in zip(self.pooled, self.padding, strict=True):
             size = (size + 2 * padding - 2) // (2 if pooled else 1)
@@ -260,7 +260,7 @@ class EpVgg(nn.Module):
             ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the
                 CPU only, as it would make another device wait) pixels that are not finite.
         """
-        self._check(x)
+        check_images(self, x)
         return equilibrium(self._net_for(x), x, self.settings, recompute=self.grad_checkpointing)
 
     def live_loss(
@@ -288,7 +288,7 @@ class EpVgg(nn.Module):
                 f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
                 "model.equilibrium(x) instead."
             )
-        self._check(x)
+        check_images(self, x)
         own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
         unique = {id(parameter): parameter for parameter in (*own, *parameters)}
         return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))
@@ -302,51 +302,10 @@ class EpVgg(nn.Module):
             "export) or torch.jit.trace, in eval mode."
         )
 
-    def _check(self, x: Tensor) -> None:
-        if isinstance(x, torch.fx.Proxy):  # a name for images that are yet to come
-            return
-        if recording() and self.training:
-            raise ValueError(
-                "What is exported is inference: call model.eval() first. EP's gradient comes from two phases, which no "
-                "exported graph holds."
-            )
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed and self.settings.gradient == "ep":
-            raise NotImplementedError(
-                "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
-                "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
-                "sample's EP gradient does not depend on those beside it; or gradient='bptt', the exact one."
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
-        dtype = self.layers[0].weight.dtype
-        if x.dtype != dtype and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"The images have shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width). "
-                f"For other channels create the model with in_chans=…"
-            )
-        if self._top_size(min(x.shape[-2:])) < 1:
-            smallest = next(size for size in count(1) if self._top_size(size) > 0)
-            raise ValueError(
-                f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(self.pooled)} poolings need at "
-                f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
-            )
-        if recording():
-            return  # values, and the size of the batch, are those of an example
-        if len(x) == 0:
-            raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
-        if x.device.type == "cpu" and not transformed and not torch.isfinite(x.detach().sum()):
-            # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
-            bad = int((~torch.isfinite(x)).sum())
-            if bad:
-                raise ValueError(f"{bad} of {x.numel()} pixels are NaN or infinite; check the images and mean and std.")
-
     @torch.no_grad()
     def free_residual(self, x: Tensor) -> list[float]:
         """‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers: how well the net settles on these images."""
-        self._check(x)
+        check_images(self, x)
         changes: list[float] = []
         net = self._net_for(x)
         free_phase(net, x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
@@ -355,7 +314,7 @@ class EpVgg(nn.Module):
     @torch.no_grad()
     def feedback_shares(self, x: Tensor) -> list[float]:
         """‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer: how far feedback moves the states from the feedforward pass."""
-        self._check(x)
+        check_images(self, x)
         net, x = prepared(self._net_for(x), x)
         with no_autocast(x.device.type):
             return feedback_shares(net, x, free_phase(net, x, self.settings, states_only=True).states)

@@ -1,0 +1,61 @@
+"""Images that a net can settle on, and what is said of those that it cannot."""
+
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_ep.core.recording import recording
+
+__all__ = ["check_images"]
+
+
+def check_images(model: Any, x: Tensor) -> None:
+    """Refuse what an `EpVgg` would make nothing of, before it settles.
+
+    Raises:
+        NotImplementedError: EP under a transform of torch.func.
+        TypeError: not floating point, or of another dtype than the model's, without autocast.
+        ValueError: wrong rank or channels, an empty batch, an image too small for the poolings, pixels that are not
+            finite (on the CPU only, as it would make another device wait), or an export in training mode.
+    """
+    if isinstance(x, torch.fx.Proxy):  # a name for images that are yet to come
+        return
+    if recording() and model.training:
+        raise ValueError(
+            "What is exported is inference: call model.eval() first. EP's gradient comes from two phases, which no "
+            "exported graph holds."
+        )
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and model.settings.gradient == "ep":
+        raise NotImplementedError(
+            "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
+            "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
+            "sample's EP gradient does not depend on those beside it; or gradient='bptt', the exact one."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
+    dtype = model.layers[0].weight.dtype
+    if x.dtype != dtype and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
+    if x.dim() != 4 or x.shape[1] != model.in_chans:
+        raise ValueError(
+            f"The images have shape {tuple(x.shape)}; expected (batch, {model.in_chans}, height, width). "
+            f"For other channels create the model with in_chans=…"
+        )
+    if model.top_size(min(x.shape[-2:])) < 1:
+        smallest = next(size for size in count(1) if model.top_size(size) > 0)
+        raise ValueError(
+            f"Images of {x.shape[-2]}×{x.shape[-1]} pixels are too small: {sum(model.pooled)} poolings need at "
+            f"least {smallest}×{smallest}. Resize or pad them, or choose a model with fewer poolings."
+        )
+    if recording():
+        return  # values, and the size of the batch, are those of an example
+    if len(x) == 0:
+        raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
+    if x.device.type == "cpu" and not transformed and not torch.isfinite(x.detach().sum()):
+        # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"{bad} of {x.numel()} pixels are NaN or infinite; check the images and mean and std.")
