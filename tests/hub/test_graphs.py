@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from runs import make_run
 from timm_ep import cli
 from timm_ep.hub import graphs
+from timm_ep.hub.graphs import export_onnx
 
 CLEAN = """
 import sys, numpy, torch
@@ -79,4 +80,11 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "ep_vgg5_025.ep_digits", f"--output={tmp_path / 'x.onnx'}"])
     assert "pip install timm_ep[export]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_of_short_products_is_refused(tmp_path):
+    model = timm.create_model("ep_vgg5_025", products="bfloat16", num_classes=2).eval()
+    with pytest.raises(ValueError, match="products='bfloat16': onnxruntime has no transposed convolution"):
+        export_onnx(model, torch.rand(2, 3, 32, 32), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,13 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path) -> Callable[
 
     Raises:
         ModuleNotFoundError: without the packages of the extra `export`.
+        ValueError: a model with short products, which onnxruntime does not compute.
     """
+    if (products := getattr(model, "products", "full")) != "full":
+        raise ValueError(
+            f"products={products!r}: onnxruntime has no transposed convolution in that dtype. Set "
+            "model.products = 'full', or export pt2."
+        )
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ModuleNotFoundError(f"ONNX needs {', '.join(missing)}: pip install timm_ep[export].")
     import onnxruntime
