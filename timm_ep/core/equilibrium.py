@@ -11,7 +11,7 @@ small nudge:
     dL/dW_l = −[d_l ⊗ (s_(l−1) + δ_(l−1)) + λ s_l ⊗ d_(l−1)],   dL/db_l = −Σ d_l,   dL/dx = −W_1ᵀ ⋆ d_1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -113,10 +113,10 @@ class _Equilibrium(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         depth = len(couplings)
         net = with_short_products(Net(couplings, params[:depth], params[depth:]), settings)
+        ctx.settings, ctx.couplings = settings, couplings
+        ctx.set_materialize_grads(False)
         if settings.physical:
             states = device_free_phase(net, x, settings)
-            ctx.settings, ctx.couplings = settings, couplings
-            ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, *params, *states)
             return tuple(states)
         free = free_phase(net, x, settings, states_only=not learns)
@@ -125,8 +125,6 @@ class _Equilibrium(torch.autograd.Function):
             (free.newest_drive(net, layer) if coupling.max_pool and learns else _NO_DRIVE)
             for layer, coupling in enumerate(couplings)
         ]
-        ctx.settings, ctx.couplings = settings, couplings
-        ctx.set_materialize_grads(False)
         # The states follow from the pre-activations, and most of them nobody else keeps.
         ctx.save_for_backward(x, *params, *free.preactivations, *chain.from_iterable(drives))
         return tuple(free.states)
@@ -192,14 +190,11 @@ def ep_gradient(
     Returns:
         dL/dx, dL/dW_1…dL/dW_N, dL/db_1…dL/db_N; None where not needed.
     """
-    forces, scales = normalised_forces(grads)
-    scale = scales.amax()
-    weights = (scales / scale).to(x.dtype)
-    estimates = [
-        contrast(net, x, free, nudged_phase(net, free, forces, settings, beta), settings, beta, needed, weights)
-        for beta in nudging_strengths(settings)
-    ]
-    return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
+
+    def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
+        return free, nudged_phase(net, free, forces, settings, beta)
+
+    return _estimated(net, x, grads, settings, needed, phases)
 
 
 def device_gradient(
@@ -211,13 +206,29 @@ def device_gradient(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """As `ep_gradient`, of a device: from its free states as they were read, and a nudged phase of its own."""
+
+    def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
+        return device_nudged_phase(net, x, states, forces, settings, beta)
+
+    return _estimated(net, x, grads, settings, needed, phases)
+
+
+def _estimated(
+    net: Net,
+    x: Tensor,
+    grads: Sequence[Tensor | None],
+    settings: Settings,
+    needed: Sequence[bool],
+    phases: Callable[[Sequence[Tensor | None], float], tuple[FreePhase, NudgedPhase]],
+) -> list[Tensor | None]:
+    """The contrast of the two `phases` under normalised forces and each β, at the scale of the forces."""
     forces, scales = normalised_forces(grads)
     scale = scales.amax()
     weights = (scales / scale).to(x.dtype)
-    estimates = []
-    for beta in nudging_strengths(settings):
-        free, nudged = device_nudged_phase(net, x, states, forces, settings, beta)
-        estimates.append(contrast(net, x, free, nudged, settings, beta, needed, weights))
+    estimates = [
+        contrast(net, x, *phases(forces, beta), settings, beta, needed, weights)  # a phase is let go before the next
+        for beta in nudging_strengths(settings)
+    ]
     return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
 
 
