@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from conftest import make_batch, make_net
+from timm_ep import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.layers import layer_weights
 from timm_ep.signals.local_errors import LocalErrors
@@ -113,10 +115,29 @@ def test_fixed_classifiers_do_not_learn_but_nudge():
     assert not torch.allclose(found["model.layers.0.weight"], plain["model.layers.0.weight"], rtol=0.1)
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("constant", [3, 3, 3]), ("early", [3, 2, 1]), ("late", [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [3, 3, 3]), ("early", [3, 2, 1]), ("late", [1, 2, 3]), ("level", [300, 30, 3])],
+)
 def test_depth_schedules(schedule, expected):
-    assert layer_weights(3.0, 3, schedule) == pytest.approx(expected)
-    assert layer_weights([3, 3, 3], 3, schedule) == pytest.approx(expected)
+    assert layer_weights(3.0, [0.01, 0.1, 1.0], schedule) == pytest.approx(expected)
+    assert layer_weights([3, 3, 3], [0.01, 0.1, 1.0], schedule) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.5])
+def test_level_local_errors_push_every_layer_by_as_much_of_its_states(unit):
+    """With the same classifier on like states, −β λ^(N−l) ∂L/∂s_l is the same in units of a layer's states."""
+    model = EpVgg((8, 8, 8), num_classes=5, feedback=0.2, unit=unit)
+    signal = LocalErrors(model, schedule="level", pooled_size=1).double()
+    for classifier in signal.classifiers:
+        classifier.load_state_dict(signal.classifiers[0].state_dict())
+    like = torch.rand(2, 8, 4, 4, dtype=torch.float64)
+    states = [(like * unit**layer).requires_grad_() for layer in (1, 2, 3)]
+    forces = torch.autograd.grad(signal(states, torch.tensor([0, 1])), states)
+    first, second, third = (0.2 ** (3 - layer) * force / unit**layer for layer, force in enumerate(forces, 1))
+    assert third.abs().max() > 0
+    assert_close(first, third)
+    assert_close(second, third)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
@@ -181,7 +202,8 @@ MODEL = make_net(4)
         (lambda: LocalErrors(MODEL, layers=[]), "is no choice of layers"),
         (lambda: LocalErrors(MODEL, weight=[1.0, 2.0]), "2 weights were given for 4 layers"),
         (lambda: LocalErrors(MODEL, weight=-1.0), "at least 0"),
-        (lambda: LocalErrors(MODEL, schedule="odd"), "'odd' is unknown; choose constant, early or late"),
+        (lambda: LocalErrors(MODEL, schedule="odd"), "'odd' is unknown; choose constant, early, late, level"),
+        (lambda: LocalErrors(make_net(4, feedback=0.0), schedule="level"), "schedule='level' needs feedback"),
         (lambda: LocalErrors(MODEL, pooled_size=0), "pooled_size=0 is too small"),
         (lambda: LocalErrors(make_net(4, num_classes=0)), "num_classes=0"),
         (lambda: LocalErrors(timm.create_model("test_resnet")), "ResNet has no states"),

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import math
 
@@ -9,8 +10,10 @@ from PIL import Image
 
 from conftest import make_batch, make_net
 from timm_ep import EpVgg, cli, gradient_check
+from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import step_check
+from timm_ep.studies.gradcheck import exact_gradients
 from timm_ep.studies.reference import Reference
 
 
@@ -174,6 +177,32 @@ def test_live_models_are_checked_by_live_nudging():
     for row, one, other in zip(rows, ours.layers, exact.layers, strict=True):
         cosine = F.cosine_similarity(one.weight.grad.flatten(), other.weight.grad.flatten(), 0)
         assert row.cosine == pytest.approx(cosine.item(), abs=1e-6)
+
+
+def test_signals_enter_both_gradients():
+    model, (x, y) = make_net(4, 0.3, feedback=0.3, free_sweeps=60, nudged_sweeps=60), make_batch()
+    signal = LocalErrors(model, 3.0, schedule="level")
+    for row in gradient_check(model, x, y, signal=signal):
+        assert row.cosine > 0.9999
+        assert row.norm_ratio == pytest.approx(1, abs=0.01)
+    exact, plain = exact_gradients(model, x, y, signal=signal), exact_gradients(model, x, y)
+    twin = copy.deepcopy(model)
+    twin.settings = dataclasses.replace(model.settings, gradient="bptt")
+    states = twin.equilibrium(x)
+    (F.cross_entropy(twin.output(states), y) + signal(states, y)).backward()
+    for layer, ours, alone in zip(twin.layers, exact, plain, strict=True):
+        assert F.cosine_similarity(ours, layer.weight.grad.flatten(), 0) > 0.9999
+        assert F.cosine_similarity(ours, alone, 0) < 0.99
+
+
+def test_command_takes_local_errors(capsys):
+    model = ["gradcheck", "ep_vgg5_025", "--batch-size", "4", "--json"]
+    cli.main([*model, "--local-error", "1", "--local-error-args.schedule", "level"])
+    with_errors = json.loads(capsys.readouterr().out)
+    cli.main(model)
+    without = json.loads(capsys.readouterr().out)
+    assert with_errors[0]["layers"][0]["cosine"] > 0.99
+    assert with_errors[0]["layers"][0]["cosine"] != without[0]["layers"][0]["cosine"]
 
 
 def test_command_sweeps_a_setting_and_writes_json_and_a_plot(tmp_path, capsys):

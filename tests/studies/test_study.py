@@ -11,7 +11,9 @@ from timm_ep.hub.cards import RunFacts
 from timm_ep.studies.study import Study
 
 
-def write_run(folder, accuracy, depth=3, seed=0, gradient="ep", feedback=0.5, signals=(), nudges=(0.5, 1.0, 2.0)):
+def write_run(
+    folder, accuracy, depth=3, seed=0, gradient="ep", feedback=0.5, signals=(), nudges=(0.5, 1.0, 2.0), **settings
+):
     facts = RunFacts(
         architecture="ep_vgg5",
         command="timm-ep train",
@@ -23,7 +25,7 @@ def write_run(folder, accuracy, depth=3, seed=0, gradient="ep", feedback=0.5, si
         top5=None,
         epochs=2,
         train_seconds=7.0,
-        settings=dataclasses.asdict(Settings(gradient=gradient, feedback=feedback)),
+        settings=dataclasses.asdict(Settings(gradient=gradient, feedback=feedback, **settings)),
         feedback_share=None,
         signals=dict.fromkeys(signals, 1.0),
     )
@@ -68,6 +70,19 @@ def test_rows_and_table_are_those_of_the_runs(runs):
     with (runs / "study.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [{name: str(value) for name, value in dataclasses.asdict(row).items()} for row in rows] == written
+
+
+def test_over_a_setting(tmp_path):
+    for name, noise, accuracy in (("a", 0.0, 80.0), ("b", 0.001, 70.0), ("c", 0.001, 60.0)):
+        write_run(tmp_path / "4" / name, accuracy, state_noise=noise)
+    write_run(tmp_path / "4" / "d", 75.0, state_noise=0.001, signals=["local_error"])
+    rows = Study(tmp_path, over="state_noise").run()
+    assert [row.value for row in rows] == [0.0, 0.001, 0.001, 0.001]
+    lines = (tmp_path / "study.md").read_text().splitlines()
+    assert lines[0] == "| 4: state_noise | 0.0 | 0.001 |"
+    assert lines[2:4] == ["| plain EP | 80.0 | 65.0 ± 7.1 |", "| EP + local errors |  | 75.0 |"]
+    with pytest.raises(ValueError, match="over='noises' is no setting"):
+        Study(tmp_path, over="noises")
 
 
 def test_figures_have_a_panel_for_each_group(runs, tmp_path):

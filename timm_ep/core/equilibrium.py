@@ -151,15 +151,25 @@ class _Equilibrium(torch.autograd.Function):
 _NO_DRIVE: tuple[None, None, None] = (None, None, None)
 
 
-def normalised_forces(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+def normalised_forces(
+    grads: Sequence[Tensor | None], gains: Sequence[float] | None = None
+) -> tuple[list[Tensor | None], Tensor]:
     """∂L/∂s_l of each sample over its largest magnitude, in channels-last format, and these magnitudes.
 
     Each sample by its own, so that what is estimated of it does not depend on the samples beside it.
 
+    Args:
+        grads: ∂L/∂s_l, (B, out_l, H_l, W_l), or None.
+        gains: what multiplies the magnitudes of each layer before the largest is found; 1 by default.
+
     Returns:
         the forces, and the magnitudes, (B, 1, 1, 1): 1 where all are 0.
     """
-    largest = torch.stack([g.abs().amax((1, 2, 3), keepdim=True) for g in grads if g is not None]).amax(0)
+    factors = [1.0] * len(grads) if gains is None else gains
+    magnitudes = [
+        g.abs().amax((1, 2, 3), keepdim=True) * gain for g, gain in zip(grads, factors, strict=True) if g is not None
+    ]
+    largest = torch.stack(magnitudes).amax(0)
     scales = torch.where(largest == 0, torch.ones_like(largest), largest)
     forces = [
         None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
@@ -194,7 +204,7 @@ def ep_gradient(
     def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
         return free, nudged_phase(net, free, forces, settings, beta)
 
-    return _estimated(net, x, grads, settings, needed, phases)
+    return _estimated(net, x, normalised_forces(grads), settings, needed, phases)
 
 
 def device_gradient(
@@ -210,19 +220,21 @@ def device_gradient(
     def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
         return device_nudged_phase(net, x, states, forces, settings, beta)
 
-    return _estimated(net, x, grads, settings, needed, phases)
+    # What limits a device is the largest push on a pre-activation, not the largest force.
+    gains = [settings.feedback ** (len(grads) - layer) for layer in range(1, len(grads) + 1)]
+    return _estimated(net, x, normalised_forces(grads, gains), settings, needed, phases)
 
 
 def _estimated(
     net: Net,
     x: Tensor,
-    grads: Sequence[Tensor | None],
+    normalised: tuple[list[Tensor | None], Tensor],
     settings: Settings,
     needed: Sequence[bool],
     phases: Callable[[Sequence[Tensor | None], float], tuple[FreePhase, NudgedPhase]],
 ) -> list[Tensor | None]:
     """The contrast of the two `phases` under normalised forces and each β, at the scale of the forces."""
-    forces, scales = normalised_forces(grads)
+    forces, scales = normalised
     scale = scales.amax()
     weights = (scales / scale).to(x.dtype)
     estimates = [

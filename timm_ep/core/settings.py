@@ -65,8 +65,8 @@ class Settings:
             without any credit from above (Nøkland & Eidnes, arXiv:1901.06656), to tell what EP adds to them.
         state_noise: standard deviation of what is added to a state at every update, in units of its range. This and
             all that follows make a physical device of the net (`timm_ep.core.device`): the two phases settle
-            independently and their states are subtracted, with β the largest push on a pre-activation of the last
-            layer. All 0 or off by default; then none of it runs.
+            independently and their states are subtracted, with β the largest push on a pre-activation (of the last
+            layer, if no signal pushes another). All 0 or off by default; then none of it runs.
         relative_state_noise: the same over the state.
         drive_noise: the same of pre-activations, before they are clipped.
         relative_drive_noise: the same over the pre-activation.

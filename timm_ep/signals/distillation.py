@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ep.models import EpVgg
-from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, student_of
+from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
 from timm_ep.signals.local_errors import LayerClassifiers
 from timm_ep.signals.teachers import Teacher
 
@@ -56,7 +56,7 @@ class FeatureDistillation(nn.Module):
             raise ValueError(f"loss={loss!r} is unknown; choose mse or cosine.")
         taps = [int(info["module"].removeprefix("layers.")) + 1 for info in model.feature_info]
         self.layers = chosen_layers(layers, taps, len(model.layers))
-        self.weights = layer_weights(weight, len(self.layers), schedule)
+        self.weights = layer_weights(weight, pushes(model, self.layers), schedule)
         self.loss = loss
         self.matches = [_nearest(2 ** sum(model.pooled[:layer]), teacher.reductions) for layer in self.layers]
         self.units = [model.unit**layer for layer in self.layers]

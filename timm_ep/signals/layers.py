@@ -1,39 +1,58 @@
 """Which layers of a student have a signal, and with what weight."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from timm_ep.models import EpVgg
 
-__all__ = ["DepthSchedule", "channels_of", "chosen_layers", "layer_weights", "student_of"]
+__all__ = ["DepthSchedule", "channels_of", "chosen_layers", "layer_weights", "pushes", "student_of"]
 
-DepthSchedule = Literal["constant", "early", "late"]
+DepthSchedule = Literal["constant", "early", "late", "level"]
 
 
-def layer_weights(weight: float | Sequence[float], count: int, schedule: DepthSchedule = "constant") -> list[float]:
-    """α of each of `count` layers, first to last.
+def layer_weights(
+    weight: float | Sequence[float], pushed: Sequence[float], schedule: DepthSchedule = "constant"
+) -> list[float]:
+    """α of each layer that has the signal, first to last.
 
     Args:
         weight: of every layer, or one per layer.
-        count: layers that have the signal.
-        schedule: `constant`; `early`: falling linearly to weight/count at the last layer; `late`: rising from it.
+        pushed: of each of these layers, see `pushes`.
+        schedule: `constant`; `early`: falling linearly to weight/count at the last layer; `late`: rising from it;
+            `level`: over `pushed`, so that the nudge pushes every layer as hard as the last one. On a device that is
+            what lifts the nudges of lower layers above its noise. Gradients then differ in size from layer to layer
+            by as much, which takes an optimizer that does not mind (Lion; the squares of AdamW overflow).
 
     Raises:
-        ValueError: weights of another number than the layers, negative ones, or an unknown schedule.
+        ValueError: weights of another number than the layers, negative ones, an unknown schedule, or `level` where
+            nothing feeds back.
     """
+    count = len(pushed)
     weights = list(weight) if isinstance(weight, Sequence) else [float(weight)] * count
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights were given for {count} layers; give one number, or one per layer.")
     if min(weights) < 0:
         raise ValueError(f"The weights {weights} are partly negative; a signal's weight is at least 0.")
-    if schedule not in ("constant", "early", "late"):
-        raise ValueError(f"The depth schedule {schedule!r} is unknown; choose constant, early or late.")
+    if schedule not in get_args(DepthSchedule):
+        raise ValueError(f"The depth schedule {schedule!r} is unknown; choose {', '.join(get_args(DepthSchedule))}.")
     if schedule == "constant":
         return weights
+    if schedule == "level":
+        if min(pushed) == 0:
+            raise ValueError("schedule='level' needs feedback: with λ = 0 a nudge pushes the last layer alone.")
+        return [w / push for w, push in zip(weights, pushed, strict=True)]
     shares = [(layer + 1) / count for layer in range(count)]
     return [w * share for w, share in zip(weights, shares if schedule == "late" else shares[::-1], strict=True)]
+
+
+def pushes(model: EpVgg, layers: Sequence[int]) -> list[float]:
+    """What a force of 1 does to each layer's pre-activation, λ^(N−l), over what it does to that of the last layer.
+
+    States and forces are both counted in units of the layer's states (`EpVgg.unit`), as classifiers see them.
+    """
+    return [(model.settings.feedback * model.unit**2) ** (len(model.layers) - layer) for layer in layers]
 
 
 def chosen_layers(layers: Sequence[int] | None, default: list[int], depth: int) -> list[int]:

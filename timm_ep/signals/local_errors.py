@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, student_of
+from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
 
 __all__ = ["LayerClassifiers", "LocalErrors"]
 
@@ -83,7 +83,7 @@ class LocalErrors(LayerClassifiers):
         super().__init__(model, layers, pooled_size, learned)
         if final < 0:
             raise ValueError(f"final={final} is negative; a signal's weight is at least 0.")
-        self.weights = layer_weights(weight, len(self.layers), schedule)
+        self.weights = layer_weights(weight, pushes(student_of(model), self.layers), schedule)
         self.final, self.progress = final, 0.0
 
     def forward(self, states: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from timm_ep.data.datasets import create_loader, limit, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
 from timm_ep.models.named import create_named
+from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.training.evaluate import load_run
@@ -25,6 +26,9 @@ from timm_ep.training.evaluate import load_run
 # Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
 _CONVERGED_SWEEPS = 24
 _PLOTTED_STEPS = 30
+
+Signal = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""A loss of the states s_1…s_N and the labels."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def gradient_check(
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     sweeps: int | None = None,
+    signal: Signal | None = None,
 ) -> list[LayerCheck]:
     """Compare the EP gradient, by the model's settings, with autograd through the converged settling.
 
@@ -51,12 +56,13 @@ def gradient_check(
         labels: (B,), or whatever the criterion takes.
         criterion: loss of outputs and labels, a mean over the batch; by default that of the model's read-out.
         sweeps: free sweeps of the exact gradient; by default the larger of the model's own and 24.
+        signal: a further loss, of the states and the labels, such as `timm_ep.LocalErrors`.
 
     Returns:
         one row a layer, from the first.
     """
-    exact = exact_gradients(model, images, labels, criterion, sweeps)
-    return compared(weight_gradients(model, images, labels, criterion, gradient="ep"), exact)
+    exact = exact_gradients(model, images, labels, criterion, sweeps, signal)
+    return compared(weight_gradients(model, images, labels, criterion, signal, gradient="ep"), exact)
 
 
 def exact_gradients(
@@ -65,10 +71,11 @@ def exact_gradients(
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     sweeps: int | None = None,
+    signal: Signal | None = None,
 ) -> list[Tensor]:
     """The gradient of every layer's kernel by autograd through the converged settling; see `gradient_check`."""
     sweeps = max(_CONVERGED_SWEEPS, model.settings.free_sweeps) if sweeps is None else sweeps
-    return weight_gradients(model, images, labels, criterion, gradient="bptt", free_sweeps=sweeps, tol=0.0)
+    return weight_gradients(model, images, labels, criterion, signal, gradient="bptt", free_sweeps=sweeps, tol=0.0)
 
 
 def weight_gradients(
@@ -76,6 +83,7 @@ def weight_gradients(
     images: Tensor,
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    signal: Signal | None = None,
     **settings: Any,
 ) -> list[Tensor]:
     """The gradient of every layer's kernel, flat and in float64, with some of the model's settings changed."""
@@ -83,10 +91,12 @@ def weight_gradients(
     twin = copy.deepcopy(model)
     twin.settings = replace(model.settings, **settings)
     twin.set_grad_checkpointing()
-    if twin.settings.live:
-        loss, _ = twin.live_loss(images, lambda states: criterion(twin.output(states), labels))
-    else:
-        loss = criterion(twin(images), labels)
+
+    def loss_of(states: Sequence[Tensor]) -> Tensor:
+        loss = criterion(twin.output(states), labels)
+        return loss if signal is None else loss + signal(states, labels)
+
+    loss = twin.live_loss(images, loss_of)[0] if twin.settings.live else loss_of(twin.equilibrium(images))
     weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
     return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
 
@@ -157,6 +167,8 @@ class Gradcheck:
         over: check once for each of the values `at`: a setting, such as `beta`, `free_sweeps`, `nudged_sweeps` or
             `feedback`; or `model`, for nets of other depth or other runs (the option `model` then serves as the first).
         at: the values of `over`, a list such as [0.1,0.01].
+        local_error: weight of local errors, by classifiers as they are drawn at init; 0 for none.
+        local_error_args: further arguments of `timm_ep.LocalErrors`, such as `schedule`.
         gdu: steps of the comparison step by step (`timm_ep.studies.gdu`); by default 30 for a plot without `over`, else
             none.
         plot: a picture to draw (png, svg, pdf): the updates step by step, or the cosines over the values.
@@ -172,6 +184,8 @@ class Gradcheck:
     seed: int = 0
     over: str | None = None
     at: list[int | float | str] = field(default_factory=list)
+    local_error: float = 0.0
+    local_error_args: dict[str, Any] = field(default_factory=dict)
     gdu: int | None = None
     plot: Path | None = None
     json: bool = False
@@ -220,6 +234,7 @@ class Gradcheck:
         model.settings = replace(model.settings, **changes)
         data.test.transform = run_transform(model, self.img_size)
         images, labels = next(iter(create_loader(limit(data.test, self.batch_size), self.batch_size)))
+        signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None
         steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
         return Report(
             name,
@@ -227,7 +242,7 @@ class Gradcheck:
             model.free_residual(images),
             model.feedback_shares(images),
             model.couplings((images.shape[-2], images.shape[-1])),
-            gradient_check(model, images, labels),
+            gradient_check(model, images, labels, signal=signal),
             step_check(model, images, labels, steps=steps) if steps else None,
             facts.top1 if facts else None,
             facts.train_seconds if facts else None,

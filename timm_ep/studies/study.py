@@ -1,4 +1,4 @@
-"""Finished runs side by side: what signals and feedback do for accuracy and nudge, at any depth."""
+"""Finished runs side by side: what signals do for accuracy and nudge, over depth or over any setting."""
 
 import csv
 import statistics
@@ -10,6 +10,7 @@ from typing import Any
 
 from timm_ep.base.figures import new_figure, save_figure
 from timm_ep.base.files import replacing
+from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
 __all__ = ["Study"]
@@ -25,6 +26,7 @@ class Row:
         group: the folder the run lies in, of those that the study compares.
         training: one of `TRAININGS`.
         depth: convolutions.
+        value: of the setting that the study goes over; the depth, if none.
         feedback: λ.
         seed: of the run.
         accuracy: on the test images, in percent.
@@ -36,6 +38,7 @@ class Row:
     group: str
     training: str
     depth: int
+    value: float
     feedback: float
     seed: int
     accuracy: float
@@ -46,16 +49,23 @@ class Row:
 
 @dataclass
 class Study:
-    """Table and figures of many finished runs of `ep_vgg*`: accuracy and nudge by depth, signals and λ.
+    """Table and figures of many finished runs of `ep_vgg*`: accuracy and nudge by signals, over depth or a setting.
 
     Args:
         runs: folder that is searched for runs. Those in the same folder make a group, with a panel of its own.
         output: folder for study.csv (a row a run), study.md (mean ± s.d. over seeds), accuracy.png and nudge.png;
             by default `runs`.
+        over: the setting that the table and accuracy.png go over, such as `beta` or `state_noise`; by default the
+            depth, in convolutions.
     """
 
     runs: Path
     output: Path | None = None
+    over: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.over is not None and self.over not in SETTING_NAMES:
+            raise ValueError(f"over={self.over!r} is no setting; choose one of {', '.join(SETTING_NAMES)}.")
 
     def run(self) -> list[Row]:
         """Write the table and the figures, and return a row for each run.
@@ -72,15 +82,16 @@ class Study:
                 f"{self.runs} holds no finished run of an ep_vgg*: no {RESULTS_NAME} with a layers.csv in it or below."
             )
         layers = {folder: _read(folder / "layers.csv") for folder in folders}
-        rows = [_row(folder, self.runs, layers[folder]) for folder in folders]
+        rows = [_row(folder, self.runs, layers[folder], self.over) for folder in folders]
         with replacing(output / "study.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(rows[0])))
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
-        table = _table(rows)
+        axis = "convolutions" if self.over is None else self.over
+        table = _table(rows, axis)
         with replacing(output / "study.md") as temporary:
             temporary.write_text(table, encoding="utf-8")
-        _draw(output / "accuracy.png", rows, _accuracy_panel, [rows])
+        _draw(output / "accuracy.png", rows, _accuracy_panel, [rows, axis])
         _draw(output / "nudge.png", rows, _nudge_panel, [rows, [layers[folder] for folder in folders]])
         print(table)
         return rows
@@ -91,7 +102,7 @@ def _read(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _row(folder: Path, root: Path, layers: list[dict[str, float]]) -> Row:
+def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | None) -> Row:
     facts = RunFacts.load(folder / RESULTS_NAME)
     first, last = (
         [row for row in layers if row["epoch"] == epoch] for epoch in (layers[0]["epoch"], layers[-1]["epoch"])
@@ -101,6 +112,7 @@ def _row(folder: Path, root: Path, layers: list[dict[str, float]]) -> Row:
         group=folder.parent.relative_to(root).as_posix(),
         training=_training(facts),
         depth=len(first),
+        value=len(first) if over is None else facts.settings[over],
         feedback=facts.settings["feedback"],
         seed=facts.seed,
         accuracy=facts.top1,
@@ -124,15 +136,15 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[R
     return dict(sorted(groups.items()))
 
 
-def _table(rows: list[Row]) -> str:
-    """Markdown: for each group, accuracy by training (rows) and depth (columns)."""
+def _table(rows: list[Row], axis: str) -> str:
+    """Markdown: for each group, accuracy by training (rows) and value (columns)."""
     lines = []
     for group, members in _grouped(rows, lambda row: row.group).items():
-        depths = sorted({row.depth for row in members})
-        lines += [f"| {group}: convolutions | {' | '.join(map(str, depths))} |", "|---" * (len(depths) + 1) + "|"]
+        values = sorted({row.value for row in members})
+        lines += [f"| {group}: {axis} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
         for training, of_training in _grouped(members, lambda row: TRAININGS.index(row.training)).items():
-            cells = {depth: _mean(some) for depth, some in _grouped(of_training, lambda row: row.depth).items()}
-            lines.append(f"| {TRAININGS[training]} | {' | '.join(cells.get(depth, '') for depth in depths)} |")
+            cells = {value: _mean(some) for value, some in _grouped(of_training, lambda row: row.value).items()}
+            lines.append(f"| {TRAININGS[training]} | {' | '.join(cells.get(value, '') for value in values)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -152,17 +164,20 @@ def _draw(path: Path, rows: list[Row], panel: Callable[..., None], data: list[An
     save_figure(figure, path)
 
 
-def _accuracy_panel(ax: Any, group: str, rows: list[Row]) -> None:
+def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
     for number, training in enumerate(TRAININGS):
         members = [row for row in rows if (row.group, row.training) == (group, training)]
         if members:
             means = {
-                depth: statistics.mean(row.accuracy for row in some)
-                for depth, some in _grouped(members, lambda row: row.depth).items()
+                value: statistics.mean(row.accuracy for row in some)
+                for value, some in _grouped(members, lambda row: row.value).items()
             }
             style = "--" if training == "backprop" else "-"
             ax.plot(list(means), list(means.values()), f"o{style}", color=f"C{number}", markersize=4, label=training)
-    ax.set(title=group, xlabel="convolutions", ylabel="test accuracy, %", ylim=(0, 100))
+    values = {row.value for row in rows if row.group == group}
+    if min(values) >= 0 and max(values) >= 100 * (min(values - {0}, default=0) or 1):  # over orders of magnitude
+        ax.set_xscale("symlog", linthresh=min(values - {0}))
+    ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(0, 100))
 
 
 def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[str, float]]]) -> None:
