@@ -30,6 +30,7 @@ COMMANDS = {
     "benchmark": ("timm_ep.studies.benchmark", "Benchmark"),
     "cost": ("timm_ep.studies.cost", "Cost"),
     "scaling": ("timm_ep.studies.scaling", "Scaling"),
+    "analog": ("timm_ep.studies.analog", "Analog"),
     "card": ("timm_ep.hub.cards", "Card"),
     "publish": ("timm_ep.hub.publishing", "Publish"),
     "pull": ("timm_ep.hub.publishing", "Pull"),

@@ -59,6 +59,12 @@ def test_a_tolerance_cannot_be_exported():
         torch.export.export(model, (images,))
 
 
+def test_a_device_is_not_exported_as_the_ideal_net():
+    model = timm.create_model("ep_vgg5_025", state_bits=6, feedback_mismatch=0.1).eval()
+    with pytest.raises(ValueError, match=r"state_bits=6, feedback_mismatch=0\.1 make of it; set them to 0"):
+        torch.export.export(model, (torch.rand(1, 3, 32, 32),))
+
+
 def test_torchscript_is_refused():
     with pytest.raises(NotImplementedError, match=r"torch\.export"):
         torch.jit.script(make_net(4).eval())

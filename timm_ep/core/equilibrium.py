@@ -26,7 +26,7 @@ from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
 from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
 from timm_ep.core.recording import recording
-from timm_ep.core.settings import Settings
+from timm_ep.core.settings import PHYSICAL, Settings
 
 
 @torch.compiler.disable
@@ -64,6 +64,12 @@ def _recorded(net: Net, x: Tensor, settings: Settings) -> tuple[Tensor, ...]:
         raise ValueError(
             f"tol={settings.tol} stops the sweeps when the images have settled; what is exported runs a fixed number "
             "of sweeps. Set tol=0, and free_sweeps to their number (timm-ep export --sweeps)."
+        )
+    if settings.physical and settings.settles:
+        disturbances = ", ".join(f"{name}={getattr(settings, name)}" for name in PHYSICAL if getattr(settings, name))
+        raise ValueError(
+            f"What is exported is the ideal net, without the device that {disturbances} make of it; set them to 0 to "
+            "export that."
         )
     with convolutions_only():  # which products are computed as matrices depends on the size of the batch
         net, x = prepared(net, x)

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-__all__ = ["PRESETS", "SETTING_NAMES", "Settings"]
+__all__ = ["PHYSICAL", "PRESETS", "SETTING_NAMES", "Settings"]
 
 
-_PHYSICAL = (
+# What makes a device of a net: off at 0.
+PHYSICAL = (
     "state_noise",
     "relative_state_noise",
     "drive_noise",
@@ -120,7 +121,7 @@ class Settings:
                 )
             elif not abs(value) < float("inf"):
                 raise ValueError(f"{option.name}={value!r} is not finite; give a number like {option.default}.")
-        least_values = {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0, **dict.fromkeys(_PHYSICAL, 0)}
+        least_values = {"feedback": 0, "free_sweeps": 0, "nudged_sweeps": 1, "tol": 0, **dict.fromkeys(PHYSICAL, 0)}
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
@@ -140,7 +141,7 @@ class Settings:
     @property
     def physical(self) -> bool:
         """Whether the net is a device: something disturbs its states or its weights."""
-        return any(getattr(self, name) for name in _PHYSICAL)
+        return any(getattr(self, name) for name in PHYSICAL)
 
     @property
     def settles(self) -> bool:
