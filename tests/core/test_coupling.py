@@ -1,13 +1,15 @@
 """What couples the layers: λ or small kernels, spectral norms, and the bound below which there is one equilibrium."""
 
 import math
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import hessian
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from conftest import make_batch, make_net
 from timm_ep import EpVgg
@@ -15,6 +17,7 @@ from timm_ep.core.coupling import coupling_norms
 from timm_ep.core.energy import energy
 from timm_ep.core.free_phase import phase_at
 from timm_ep.core.nudged_phase import nudged_phase
+from timm_ep.data.datasets import open_data
 from timm_ep.studies.gradcheck import gradient_check
 
 SETTLED = {"free_sweeps": 60, "nudged_sweeps": 30}
@@ -151,6 +154,27 @@ def test_the_strong_preset_follows_bptt_at_its_init(depth):
     assert min(check.cosine for check in checks) >= 0.99
     assert all(0.95 < check.norm_ratio < 1.05 for check in checks)
     assert len(model.free_residual(x)) <= 14
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_the_strong_preset_follows_bptt_while_it_learns(pool):
+    """The same after 20, 40 and 60 updates on the digits, while accuracy rises and couplings move."""
+    torch.manual_seed(0)
+    model = EpVgg((16, 16, "M", 32, 32, "M", 32, 32, "M", 32, 32), 10, in_chans=1, preset="strong", pool=pool)
+    before = model.couplings((16, 16))
+    data = open_data("digits")
+    data.train.transform = v2.Compose([v2.Resize(16), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    batches = iter(DataLoader(data.train, 16, shuffle=True, drop_last=True))
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for update, (images, labels) in enumerate(islice(batches, 60), 1):
+        logits = model(images)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        if update % 20 == 0:
+            assert min(check.cosine for check in gradient_check(model, images, labels)) >= 0.99
+    assert (logits.argmax(1) == labels).float().mean() > 0.5
+    assert max(abs(one - other) for one, other in zip(before, model.couplings((16, 16)), strict=True)) > 0.05
 
 
 def test_units_change_the_parameters_and_not_the_net():
