@@ -5,8 +5,9 @@ import json
 import pytest
 from torch.testing import assert_close
 
+from runs import make_run
 from timm_ep import EpVgg, cli
-from timm_ep.studies.analog import analog_update
+from timm_ep.studies.analog import Analog, analog_update
 
 # On 8 × 8 pixels: 4 channels at 4 × 4 after pooling, then 6 at 4 × 4.
 NET = (4, "M", 6)
@@ -31,6 +32,17 @@ def test_a_device_that_moves_all_at_once():
     assert (update.layers, update.nudged_phases, update.free_taus, update.nudged_taus) == (3, 1, 50, 20)
     assert update.states == sum(STATES) + 5
     assert update.synapses == STATES[0] * 48 + STATES[1] * 36 + 5 * STATES[1]
+
+
+def test_a_run_is_counted_by_the_settings_that_are_asked_for(tmp_path):
+    """By the checks that every study of a run has: of a run only settings can be changed."""
+    make_run(tmp_path / "run")
+    one, other = (Analog(str(tmp_path / "run"), model_args={"free_sweeps": sweeps}).run() for sweeps in (4, 10))
+    assert other.free_taus - one.free_taus == 6 * one.layers
+    with pytest.raises(ValueError, match=r"'in_chans'.* of a run are fixed"):
+        Analog(str(tmp_path / "run"), model_args={"in_chans": 1}).run()
+    with pytest.raises(ValueError, match="is no ep_vgg"):
+        Analog("resnet18")
 
 
 def test_time_and_energy_by_the_command(capsys):

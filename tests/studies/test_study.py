@@ -83,6 +83,15 @@ def test_over_a_setting(tmp_path):
     assert lines[2:4] == ["| plain EP | 80.0 | 65.0 ± 7.1 |", "| EP + local errors |  | 75.0 |"]
     with pytest.raises(ValueError, match="over='noises' is no setting"):
         Study(tmp_path, over="noises")
+    assert [row.value for row in Study(tmp_path, over="pool").run()] == ["avg"] * 4
+
+
+def test_a_run_from_before_a_setting_has_its_default(tmp_path):
+    write_run(tmp_path / "4" / "a", 80.0)
+    facts = RunFacts.load(tmp_path / "4" / "a" / "results.json")
+    del facts.settings["state_noise"]
+    facts.save(tmp_path / "4" / "a" / "results.json")
+    assert [row.value for row in Study(tmp_path, over="state_noise").run()] == [0.0]
 
 
 def test_figures_have_a_panel_for_each_group(runs, tmp_path):

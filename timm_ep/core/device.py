@@ -19,7 +19,7 @@ from torch import Tensor
 
 from timm_ep.core.energy import Drive, Net
 from timm_ep.core.free_phase import FreePhase, feedforward_pass
-from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales
+from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, force_gains
 from timm_ep.core.schedule import schedule
 from timm_ep.core.settings import Settings
 
@@ -150,8 +150,8 @@ def device_nudged_phase(
     depth = len(states)
     built = as_built(net, settings)
     pushes = [
-        None if force is None else beta * settings.feedback ** (depth - layer) * force
-        for layer, force in enumerate(forces, 1)
+        None if force is None else beta * gain * force
+        for gain, force in zip(force_gains(settings.feedback, depth), forces, strict=True)
     ]
     nudged = _settle(built, x, list(states), settings, range(settings.nudged_sweeps), None, pushes)
     scales = coordinate_scales(settings, beta, depth, x.dtype)

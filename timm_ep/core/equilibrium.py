@@ -24,7 +24,14 @@ from timm_ep.core.convolution import convolutions_only
 from timm_ep.core.device import device_free_phase, device_nudged_phase
 from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
-from timm_ep.core.nudged_phase import NudgedPhase, coordinate_scales, nudged_phase, nudging_strengths, routed_difference
+from timm_ep.core.nudged_phase import (
+    NudgedPhase,
+    coordinate_scales,
+    force_gains,
+    nudged_phase,
+    nudging_strengths,
+    routed_difference,
+)
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import PHYSICAL, Settings
 
@@ -227,7 +234,7 @@ def device_gradient(
         return device_nudged_phase(net, x, states, forces, settings, beta)
 
     # What limits a device is the largest push on a pre-activation, not the largest force.
-    gains = [settings.feedback ** (len(grads) - layer) for layer in range(1, len(grads) + 1)]
+    gains = force_gains(settings.feedback, len(grads))
     return _estimated(net, x, normalised_forces(grads, gains), settings, needed, phases)
 
 

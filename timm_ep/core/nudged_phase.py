@@ -39,6 +39,11 @@ def nudging_strengths(settings: Settings) -> tuple[float, ...]:
     return (settings.beta,)
 
 
+def force_gains(feedback: float, depth: int) -> list[float]:
+    """λ^(N−l) of each of N layers: what multiplies a force on the state at its pre-activation."""
+    return [feedback ** (depth - layer) for layer in range(1, depth + 1)]
+
+
 def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.dtype) -> list[float]:
     """1/(β λ^(N−l)) of each layer: multiplies a state's difference into the nudged phase's coordinates.
 
@@ -46,7 +51,7 @@ def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.
     practically infinite there, so that λ = 0 needs no case of its own.
     """
     limit = torch.finfo(dtype).max ** 0.5
-    gains = [beta * settings.feedback ** (depth - layer) for layer in range(1, depth + 1)]
+    gains = [beta * gain for gain in force_gains(settings.feedback, depth)]
     return [min(max(1 / gain, -limit), limit) if gain else math.copysign(limit, beta) for gain in gains]
 
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from timm_ep.core.nudged_phase import force_gains
 from timm_ep.models import EpVgg
 
 __all__ = ["DepthSchedule", "channels_of", "chosen_layers", "layer_weights", "pushes", "student_of"]
@@ -52,7 +53,8 @@ def pushes(model: EpVgg, layers: Sequence[int]) -> list[float]:
 
     States and forces are both counted in units of the layer's states (`EpVgg.unit`), as classifiers see them.
     """
-    return [(model.settings.feedback * model.unit**2) ** (len(model.layers) - layer) for layer in layers]
+    gains = force_gains(model.settings.feedback * model.unit**2, len(model.layers))
+    return [gains[layer - 1] for layer in layers]
 
 
 def chosen_layers(layers: Sequence[int] | None, default: list[int], depth: int) -> list[int]:

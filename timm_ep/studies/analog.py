@@ -14,19 +14,20 @@ are weights written. With S free and M nudged sweeps of c τ each, a feedforward
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from timm_ep.core.free_phase import feedforward_pass
 from timm_ep.models import EpVgg
-from timm_ep.models.named import create_named
-from timm_ep.training.evaluate import load_run
+from timm_ep.studies.workload import Workload
 
 __all__ = ["Analog", "AnalogUpdate", "analog_update"]
 
 # What a sweep takes, over τ: N where layers are visited one after the other.
 _TAUS = {"odd-even": 2, "synchronous": 1}
+
+_COSTS = ("tau", "synapse_power", "read_time", "read_energy", "write_time", "write_energy")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def analog_update(model: EpVgg, size: int) -> AnalogUpdate:
     net, settings = model.net((size, size)), model.settings
     depth = len(net.couplings)
     image = torch.zeros(1, model.in_chans, size, size, dtype=net.kernels[0].dtype, device=net.kernels[0].device)
-    states = [state.numel() for state in model.equilibrium(image)]
+    states = [state.numel() for state in feedforward_pass(net, image).states]  # of the same shapes as settled ones
     synapses = sum(
         # Max pooling chooses among four maps of products; the average is in the kernel.
         count * (4 if coupling.max_pool else 1) * kernel[0].numel()
@@ -94,15 +95,11 @@ def analog_update(model: EpVgg, size: int) -> AnalogUpdate:
 
 
 @dataclass
-class Analog:
+class Analog(Workload):
     """Count what an update by EP takes of an analog device: phases, states read, weights written; and its time and
     energy, from what each costs on the device in mind.
 
     Args:
-        model: name of an `ep_vgg*`, or the folder of a run.
-        model_args: further arguments of a model that is named.
-        img_size: side of the images in pixels; by default the model's.
-        batch_size: images of an update.
         tau: time in which a layer follows its neighbours, in seconds. This and all that follows must be given
             together; without them only the counts are printed.
         synapse_power: drawn by a synapse while the net settles, in watts.
@@ -113,13 +110,10 @@ class Analog:
         json: print JSON and nothing else.
 
     Raises:
-        ValueError: some of the costs without the others, or a model that does not settle.
+        ValueError: some of the costs without the others, or negative ones.
     """
 
-    model: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-    img_size: int | None = None
-    batch_size: int = 64
+    model: str = field()  # to be named
     tau: float | None = None
     synapse_power: float | None = None
     read_time: float | None = None
@@ -129,6 +123,7 @@ class Analog:
     json: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         costs = {name: getattr(self, name) for name in _COSTS}
         missing = [name for name, value in costs.items() if value is None]
         if 0 < len(missing) < len(costs):
@@ -138,10 +133,8 @@ class Analog:
 
     def run(self) -> AnalogUpdate:
         """Print the counts, time and energy, and return the counts."""
-        model = load_run(self.model)[0] if Path(self.model).is_dir() else create_named(self.model, **self.model_args)
-        if not isinstance(model, EpVgg):
-            raise ValueError(f"{self.model} is no ep_vgg*: it does not settle.")
-        size = self.img_size or vars(model)["pretrained_cfg"]["input_size"][-1]
+        model, images, _ = self.make()
+        size = images.shape[-1]
         update = analog_update(model, size)
         facts: dict[str, Any] = {**asdict(update), "images": self.batch_size}
         if self.tau is not None:
@@ -155,6 +148,3 @@ class Analog:
             print(f"{self.model} at {size} × {size}:")
             print("\n".join(f"{name.replace('_', ' '):15s} {value:,}" for name, value in facts.items()))
         return update
-
-
-_COSTS = ("tau", "synapse_power", "read_time", "read_energy", "write_time", "write_energy")

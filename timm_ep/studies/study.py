@@ -10,7 +10,7 @@ from typing import Any
 
 from timm_ep.base.figures import new_figure, save_figure
 from timm_ep.base.files import replacing
-from timm_ep.core.settings import SETTING_NAMES
+from timm_ep.core.settings import SETTING_NAMES, Settings
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
 __all__ = ["Study"]
@@ -26,7 +26,7 @@ class Row:
         group: the folder the run lies in, of those that the study compares.
         training: one of `TRAININGS`.
         depth: convolutions.
-        value: of the setting that the study goes over; the depth, if none.
+        value: of the setting that the study goes over, its default where the run is older; the depth, if none.
         feedback: λ.
         seed: of the run.
         accuracy: on the test images, in percent.
@@ -38,7 +38,7 @@ class Row:
     group: str
     training: str
     depth: int
-    value: float
+    value: float | str
     feedback: float
     seed: int
     accuracy: float
@@ -112,7 +112,7 @@ def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | N
         group=folder.parent.relative_to(root).as_posix(),
         training=_training(facts),
         depth=len(first),
-        value=len(first) if over is None else facts.settings[over],
+        value=len(first) if over is None else facts.settings.get(over, getattr(Settings(), over)),
         feedback=facts.settings["feedback"],
         seed=facts.seed,
         accuracy=facts.top1,
@@ -174,9 +174,11 @@ def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
             }
             style = "--" if training == "backprop" else "-"
             ax.plot(list(means), list(means.values()), f"o{style}", color=f"C{number}", markersize=4, label=training)
-    values = {row.value for row in rows if row.group == group}
-    if min(values) >= 0 and max(values) >= 100 * (min(values - {0}, default=0) or 1):  # over orders of magnitude
-        ax.set_xscale("symlog", linthresh=min(values - {0}))
+    positive = [
+        row.value for row in rows if row.group == group and isinstance(row.value, float | int) and row.value > 0
+    ]
+    if positive and max(positive) >= 100 * min(positive):  # over orders of magnitude, and 0
+        ax.set_xscale("symlog", linthresh=min(positive))
     ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(0, 100))
 
 
