@@ -68,6 +68,23 @@ def test_a_skipped_update_changes_no_weight_and_no_average(tmp_path, monkeypatch
     assert not all(torch.equal(*pair) for pair in zip(seen[4], seen[5], strict=True))
 
 
+def test_a_gradient_whose_squares_overflow_is_finite_all_the_same(tmp_path, monkeypatch):
+    norms = []
+
+    def enlarge(loop, batches):
+        loop.task._objective.criterion.register_forward_hook(lambda module, inputs, loss: loss * 1e25)
+        original = loop.optimizer.step
+        loop.optimizer.step = lambda *args: (
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in loop.task.parameters()]))),
+            original(*args),
+        )[1]
+
+    spoil(monkeypatch, {2}, enlarge)
+    Trainer(**OPTIONS, opt="lion", output=tmp_path).run()
+    assert norms[0] == float("inf")
+    assert skipped(tmp_path) == [0]
+
+
 @pytest.mark.parametrize("mode", ["float32", "float16"])
 def test_too_many_skips_in_a_row_stop_the_run_with_a_diagnosis(mode, tmp_path, monkeypatch):
     """Naming the layer that settles worst, its residual, and the settings to change; the checkpoint before stays."""

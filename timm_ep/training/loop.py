@@ -221,7 +221,9 @@ class TrainingLoop:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.task.get_clip_parameters() if p.grad is not None]
         # Loss scaling meets infinite gradients as a matter of course, and leaves such an update out by itself.
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients)) | self.scaler.is_enabled()
+        # The largest entry tells as well as the 2-norm does, whose squares would overflow first.
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        finite = torch.isfinite(largest) | self.scaler.is_enabled()
         guard = progress.guard
         if self.updates % options.residual_interval == 0 or guard.in_a_row:
             guard.measure(self.task.model, images)
