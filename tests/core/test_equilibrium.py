@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from conftest import make_batch, make_net
+from timm_ep import EpVgg
 from timm_ep.studies.reference import Reference
 
 
@@ -42,6 +43,25 @@ def test_one_sided_gradient_is_exact(pool, feedback, depth):
     for name, cosine in cosines(ours, exact).items():
         assert cosine >= 0.9999, name
         assert abs(ours[name].norm() / exact[name].norm() - 1) < 0.01, name
+
+
+def test_a_tie_for_the_maximum_does_not_blow_up_the_gradient():
+    """Pixels that differ by 1e-9 compete for the maximum, so that any nudge would change the winner.
+
+    What jumps with it, divided by β, would be a gradient of order 1/β: at β = 1e-6 the 500 times larger update by which
+    a net at the literature's couplings was lost.
+    """
+    settings = {"pool": "max", "feedback": 0.5, "free_sweeps": 0, "nudged_sweeps": 4}
+    model = EpVgg((4, 4, "M", 6), num_classes=5, normalise_kernels=False, **settings).double()
+    blocks = torch.randn(2, 3, 4, 4, dtype=torch.float64).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    x, y = blocks + 1e-9 * torch.randn_like(blocks), torch.tensor([0, 1])
+    with torch.no_grad():
+        for conv in model.layers[:2]:  # pixel by pixel, or the borders would tell the pixels of a block apart
+            conv.weight.mul_(torch.eye(3)[1].outer(torch.eye(3)[1]))
+            conv.bias.fill_(0.3)
+    ours, smaller = (gradients(model, x, y, beta=beta) for beta in (1e-6, 1e-8))
+    for name, gradient in ours.items():
+        assert_close(gradient, smaller[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("depth", [4, 9])

@@ -68,9 +68,9 @@ def nudged_phase(
 
         d_l ← clip(c e_l + W_(l+1)ᵀ ⋆ d_(l+1) + λ W_l ⋆ d_(l−1) − g_l, −c s_l, c (1 − s_l)),   c = 1/(β λ^(N−l)),
 
-    with e_l = u_l − s_l the distance by which a saturated state is held. Under max pooling the winners are those of
-    s + δ, and the drive's difference is that of the winners plus that of the values: exact, and free of cancellation
-    where the winners stay.
+    with e_l = u_l − s_l the distance by which a saturated state is held. Under max pooling the winners stay those of
+    the free phase where forces are frozen (`Settings.forces`). Where they are live, winners are those of s + δ, and the
+    drive's difference is that of the winners plus that of the values, free of cancellation where the winners stay.
 
     Args:
         net: as in the free phase.
@@ -100,7 +100,7 @@ def nudged_phase(
         for group in sweep:
             for layer, *_ in group:
                 if rises[layer] is None and settings.feedback:
-                    rises[layer] = _rise(net, layer, free, phase, scales, settings.feedback)
+                    rises[layer] = _rise(net, layer, free, phase, scales, settings)
             for layer, *_ in group:
                 if falls[layer] is None:
                     falls[layer] = _fall(net, layer, free, phase, scales)
@@ -131,12 +131,15 @@ def nudged_states(free: FreePhase, phase: NudgedPhase, scales: Sequence[float]) 
 
 
 def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Settings, beta: float) -> NudgedPhase:
-    """The phase with the max-pooling winners of its last states, not of those that its last sweep started from."""
+    """The phase with the max-pooling winners of its last states, not of those that its last sweep started from.
+
+    Where forces are frozen, so are winners, and it stays as it is.
+    """
     newest = NudgedPhase(list(phase.deltas), list(phase.drives))
     scales = coordinate_scales(settings, beta, len(free.states), free.preactivations[0].dtype)
     for layer, coupling in enumerate(net.couplings):
         if coupling.max_pool:
-            _rise(net, layer, free, newest, scales, settings.feedback)
+            _rise(net, layer, free, newest, scales, settings)
     return newest
 
 
@@ -203,19 +206,21 @@ def _pieces(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _rise(
-    net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float], feedback: float
+    net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float], settings: Settings
 ) -> Tensor | None:
-    """c_l [P(W ⋆ (s + δ)) − P(W ⋆ s)] for the δ of the layer below; under max pooling it also updates the drive."""
+    """c_l [P(W ⋆ (s + δ)) − P(W ⋆ s)] for the δ of the layer below; where winners move it also updates the drive."""
     below = phase.deltas[layer - 1] if layer else None
     if below is None:
         return None
     at_rest, change = free.drives[layer], net.push(layer, below)
     if at_rest is None or at_rest.unpooled is None:
-        return change.mul_(feedback)
+        return change.mul_(settings.feedback)
+    if settings.forces == "frozen":
+        return at_rest.at_winners(change).mul_(settings.feedback)
     drive = max_pool(torch.add(at_rest.unpooled, change, alpha=1 / scales[layer - 1]))
     phase.drives[layer] = drive
     moved = drive.at_winners(at_rest.unpooled) - at_rest.value
-    return moved.mul_(scales[layer]).add_(drive.at_winners(change), alpha=feedback)
+    return moved.mul_(scales[layer]).add_(drive.at_winners(change), alpha=settings.feedback)
 
 
 def _fall(net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:

@@ -41,14 +41,15 @@ class Settings:
         nudging: `one-sided`: (∂E(β) − ∂E(0))/β. `random-sign`: the same with the sign of β drawn for each batch from
             torch's generator, so that the bias of order β cancels over batches. `centered`: (∂E(β) − ∂E(−β))/2β, twice
             the cost and a bias of order β² (Laborieux et al. 2021).
-        forces: `frozen`: ∂L/∂s at the free equilibrium, for the whole nudged phase; all that `loss.backward()` can know
-            of a loss, and the same to first order in β. `live`: the literature's; ∂L/∂s at the current states in every
-            nudged step, a phase that goes on from wherever the free one ended (settled or not), and an absolute β: the
-            energy is E + β Σ L over the batch's samples. That needs the loss as a function: `EpVgg.live_loss`, which
-            `timm_ep.signals.task.EpTask` and the trainer take by themselves. `loss.backward()` on `model(x)` or
-            `model.equilibrium(x)` works with live forces too, but cannot recompute them: it takes them as frozen, and β
-            as relative. In float32, live forces need λ near 1: they integrate what the free phase left unsettled, of
-            which 1e-7 is rounding, against a nudge of β λ^(N−l).
+        forces: `frozen`: ∂L/∂s and the winners of max pooling at the free equilibrium, for the whole nudged phase; all
+            that `loss.backward()` can know of a loss, and the same to first order in β. (A winner that changed under a
+            nudge would move states by a jump, which over a small β is no gradient any more.) `live`: the literature's;
+            ∂L/∂s and winners at the current states in every nudged step, a phase that goes on from wherever the free
+            one ended (settled or not), and an absolute β: the energy is E + β Σ L over the batch's samples. That needs
+            the loss as a function: `EpVgg.live_loss`, which `timm_ep.signals.task.EpTask` and the trainer take by
+            themselves. `loss.backward()` on `model(x)` or `model.equilibrium(x)` works with live forces too, but cannot
+            recompute them: it takes them as frozen, and β as relative. In float32, live forces need λ near 1: they
+            integrate what the free phase left unsettled, of which 1e-7 is rounding, against a nudge of β λ^(N−l).
         update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
             halves. `synchronous`: all at once, the literature's.
         start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
