@@ -13,7 +13,7 @@ from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.energy import Drive
 from timm_ep.core.equilibrium import normalised_forces
 from timm_ep.core.free_phase import free_phase
-from timm_ep.core.nudged_phase import nudged_phase
+from timm_ep.core.nudged_phase import force_gains, nudged_phase
 from timm_ep.models import EpVgg
 from timm_ep.signals.task import EpTask
 
@@ -95,7 +95,7 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
     with torch.no_grad():
         net, settings = model.net((images.shape[-2], images.shape[-1])), model.settings
         free = free_phase(net, images, settings, trace=_Recorder("free", settling))
-    depth = len(free.states)
+    gains = force_gains(settings.feedback, len(free.states))
     states = [state.detach().requires_grad_() for state in free.states]
     grads = torch.autograd.grad(task.losses(states, target, taught)["loss"], states, allow_unused=True)
     forces, _ = normalised_forces(grads)
@@ -120,7 +120,7 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
         rows.append(
             LayerDiagnosis(
                 layer=layer,
-                nudge=abs(settings.beta) * settings.feedback ** (depth - layer) * scaled,
+                nudge=abs(settings.beta) * gains[layer - 1] * scaled,
                 scaled_nudge=scaled,
                 **norms[layer - 1],
                 free_residual=last.get(("free", layer), 0.0),
