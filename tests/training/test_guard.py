@@ -73,11 +73,9 @@ def test_a_gradient_whose_squares_overflow_is_finite_all_the_same(tmp_path, monk
 
     def enlarge(loop, batches):
         loop.task._objective.criterion.register_forward_hook(lambda module, inputs, loss: loss * 1e25)
-        original = loop.optimizer.step
-        loop.optimizer.step = lambda *args: (
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in loop.task.parameters()]))),
-            original(*args),
-        )[1]
+        loop.optimizer.register_step_pre_hook(
+            lambda *_: norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in loop.task.parameters()])))
+        )
 
     spoil(monkeypatch, {2}, enlarge)
     Trainer(**OPTIONS, opt="lion", output=tmp_path).run()

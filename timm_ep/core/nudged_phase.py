@@ -135,6 +135,8 @@ def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Sett
 
     Where forces are frozen, so are winners, and it stays as it is.
     """
+    if settings.forces == "frozen":
+        return phase
     newest = NudgedPhase(list(phase.deltas), list(phase.drives))
     scales = coordinate_scales(settings, beta, len(free.states), free.preactivations[0].dtype)
     for layer, coupling in enumerate(net.couplings):
@@ -236,6 +238,8 @@ def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: l
     delta, at_rest, nudged = phase.deltas[layer], free.drives[layer], phase.drives[layer]
     if delta is None or at_rest is None or nudged is None or nudged.winners is None:
         return delta
+    if nudged is at_rest:  # no winner has moved, and with them no state
+        return at_rest.route(delta)
     state = free.states[layer]
     moved = nudged.route(state) - at_rest.route(state)
     return nudged.route(delta).add_(moved, alpha=scales[layer])

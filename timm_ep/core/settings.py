@@ -48,8 +48,9 @@ class Settings:
             one ended (settled or not), and an absolute β: the energy is E + β Σ L over the batch's samples. That needs
             the loss as a function: `EpVgg.live_loss`, which `timm_ep.signals.task.EpTask` and the trainer take by
             themselves. `loss.backward()` on `model(x)` or `model.equilibrium(x)` works with live forces too, but cannot
-            recompute them: it takes them as frozen, and β as relative. In float32, live forces need λ near 1: they
-            integrate what the free phase left unsettled, of which 1e-7 is rounding, against a nudge of β λ^(N−l).
+            recompute them: it takes them as frozen, and β as relative (winners still move). In float32, live forces
+            need λ near 1: they integrate what the free phase left unsettled, of which 1e-7 is rounding, against a nudge
+            of β λ^(N−l).
         update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
             halves. `synchronous`: all at once, the literature's.
         start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
