@@ -87,7 +87,8 @@ class TrainingOptions:
         max_coupling: hold the coupling √λ‖W_l‖ of every layer but the first at or below this, by scaling kernels down,
             at every `residual_interval`-th update; 0 for never. Below 0.5 a net with linear pooling has one
             equilibrium for any states and weights (`timm_ep.core.coupling`). Only for `ep_vgg*`.
-        weight_decay: on kernels and the classifier, not on gains and biases.
+        weight_decay: on kernels and the classifier, not on gains and biases. The default suits decay apart from the
+            gradient (AdamW, Muon, Lion); SGD's, which is added to it, wants about 5e-4.
         sched: timm's schedule of the learning rate, which changes at each update.
         sched_kwargs: further arguments of `timm.scheduler.create_scheduler_v2`, such as `min_lr` or `decay_rate`.
         warmup_epochs: of linearly rising learning rate, before the schedule.
