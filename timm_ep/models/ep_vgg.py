@@ -21,7 +21,7 @@ from timm_ep.models.weights import checkpoint_filter_fn
 _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
     "vgg5": (128, "M", 256, "M", 512, "M", 512, "M"),
     "vgg7": (64, "M", 64, 256, "M", 256, 256, "M", 256, "M"),
-    "vgg8": (64, "M", 128, 256, "M", 256, 256, "M", 512, 512, "M"),
+    "vgg8": (32, 64, "M", 128, 128, "M", 256, 256, "M", 512, "M"),
     "vgg9": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"),
     "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
     "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -32,7 +32,7 @@ _ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
 _DESCRIPTIONS = {
     "vgg5": "4 convolutions, 128 to 512 channels: the net of the EP literature",
     "vgg7": "6 convolutions, 64 to 256 channels, wide at low resolution: learns small images fastest",
-    "vgg8": "7 convolutions, 64 to 512 channels, wide at low resolution: vgg7 for longer trainings",
+    "vgg8": "7 convolutions, 32 to 512 channels, two at each resolution: for small images",
     "vgg9": "8 convolutions, 64 to 512 channels",
     "vgg11": "VGG-A: 8 convolutions, 64 to 512 channels",
     "vgg13": "VGG-B: 10 convolutions, 64 to 512 channels",
