@@ -14,13 +14,11 @@ from torch import Tensor
 
 from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
 from timm_ep.core.settings import SETTING_NAMES
-from timm_ep.data.datasets import create_loader, limit, open_data
-from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
-from timm_ep.models.named import create_named
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
+from timm_ep.studies.workload import Workload
 from timm_ep.training.evaluate import load_run
 
 # Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
@@ -159,7 +157,7 @@ class Gradcheck:
         model: name of an `ep_vgg*`, at its default init, or the folder of a run.
         dataset: as in training; test images are used.
         data_dir: where the images are, if not embedded.
-        model_args: further arguments of a model at init.
+        model_args: further arguments of the model; of a run, only settings can be changed.
         batch_size: images.
         img_size: side of the images in pixels; by default the model's. The exact gradient stores 24 sweeps: 16 images
             of 224² take an `ep_vgg19` more than 20 GB.
@@ -221,19 +219,18 @@ class Gradcheck:
         return reports
 
     def _check(self, name: str, changes: dict[str, Any]) -> Report:
-        data = open_data(self.dataset, self.data_dir)
-        torch.manual_seed(self.seed)
-        facts = None
-        if Path(name).is_dir():
-            model, facts = load_run(name)
-        else:
-            shape = {"num_classes": len(data.classes), "in_chans": data.channels}
-            model = create_named(name, **shape, **self.model_args)
-        if not isinstance(model, EpVgg):
-            raise ValueError(f"{name} is no ep_vgg*: it has no settling to check.")
-        model.settings = replace(model.settings, **changes)
-        data.test.transform = run_transform(model, self.img_size)
-        images, labels = next(iter(create_loader(limit(data.test, self.batch_size), self.batch_size)))
+        workload = Workload(
+            name,
+            {**self.model_args, **changes},
+            dataset=self.dataset,
+            data_dir=self.data_dir,
+            batch_size=self.batch_size,
+            img_size=self.img_size,
+            seed=self.seed,
+        )
+        model, images, labels = workload.make()
+        model.eval()  # the same read-out in every pass, without dropout
+        facts = load_run(name)[1] if Path(name).is_dir() else None
         signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None
         steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
         return Report(

@@ -36,6 +36,7 @@ class Workload:
         classes: of the read-out, where there is neither a dataset nor weights to say so.
         device: `cpu`, `cuda`, …
         threads: of torch; by default its own choice.
+        seed: of the init, and of what is drawn after it.
 
     Raises:
         ValueError: no `ep_vgg*`, or a number that is too small.
@@ -51,6 +52,7 @@ class Workload:
     classes: int = 10
     device: str = "cpu"
     threads: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.model.startswith("ep_vgg") and not Path(self.model).is_dir():
@@ -70,7 +72,7 @@ class Workload:
         Raises:
             ValueError: the run's model does not settle, or the dataset has fewer images than the batch.
         """
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         data = open_data(self.dataset, self.data_dir) if self.dataset else None
         model = self._model(data)
         if not isinstance(model, EpVgg):
