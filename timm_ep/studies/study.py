@@ -1,6 +1,7 @@
 """Finished runs side by side: what signals do for accuracy and nudge, over depth or over any setting."""
 
 import csv
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -179,7 +180,9 @@ def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
     ]
     if positive and max(positive) >= 100 * min(positive):  # over orders of magnitude, and 0
         ax.set_xscale("symlog", linthresh=min(positive))
-    ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(0, 100))
+    # The same tens in every panel, so that they compare.
+    low, high = (math.floor(min(row.accuracy for row in rows) / 10), math.ceil(max(row.accuracy for row in rows) / 10))
+    ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(10 * low, 10 * max(high, low + 1)))
 
 
 def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[str, float]]]) -> None:
