@@ -1,9 +1,10 @@
 """Text that came from outside: names of files and classes, and what may be shown of them."""
 
+import re
 import unicodedata
 from typing import Any
 
-__all__ = ["is_plain_text", "same_name"]
+__all__ = ["in_order", "is_plain_text", "same_name"]
 
 # What could break a line or show text in another order than it is in; and what stands for bytes that are no text.
 _REFUSED = {"Cc", "Cs", "Zl", "Zp"}
@@ -20,3 +21,9 @@ def is_plain_text(value: Any) -> bool:
 def same_name(name: str) -> str:
     """The one form of a name that can be written in several: é as one character or as an e with an accent (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def in_order(name: str) -> tuple[list[int | str], str]:
+    """A key to sort names by: numbers by their value, as in timm; names that differ in case alone by that."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name

@@ -7,14 +7,13 @@ nothing of others. Here the first folder is the class, whatever is below it.
 import io
 import os
 import posixpath
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from timm_ep.base.text import is_plain_text, same_name
+from timm_ep.base.text import in_order, is_plain_text, same_name
 from timm_ep.data.pictures import PICTURE_SUFFIXES, Pictures
 
 __all__ = ["ClassFolders", "ClassTar", "files_below", "is_picture", "passed_over_line"]
@@ -70,12 +69,6 @@ def passed_over_line(where: str | Path, passed_over: Counter[str]) -> list[str]:
     return [f"{where}: passed over {kinds}"] if kinds else []
 
 
-def _order(name: str) -> tuple[list[int | str], str]:
-    """Numbers by their value, as in timm; names that differ in case alone by that."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
-
-
 class _Classified(Pictures):
     """Pictures by the first folder of their paths.
 
@@ -92,7 +85,7 @@ class _Classified(Pictures):
     def __init__(self, root: Path, names: Iterable[str], passed_over: Counter[str]) -> None:
         self.root, self.passed_over = root, passed_over
         self.names: list[str] = []
-        for name in sorted(names, key=_order):
+        for name in sorted(names, key=in_order):
             if is_picture(name, passed_over):
                 if "/" in name:
                     self.names.append(name)
@@ -104,7 +97,7 @@ class _Classified(Pictures):
                 f"{root}/cat/1.png. {'; '.join(passed_over_line('Of it', passed_over))}".rstrip()
             )
         labels = [same_name(name.partition("/")[0]) for name in self.names]
-        self.classes = tuple(sorted(set(labels), key=_order))
+        self.classes = tuple(sorted(set(labels), key=in_order))
         for label in self.classes:
             if not is_plain_text(label):
                 raise ValueError(

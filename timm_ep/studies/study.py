@@ -11,6 +11,7 @@ from typing import Any
 
 from timm_ep.base.figures import new_figure, save_figure
 from timm_ep.base.files import replacing
+from timm_ep.base.text import in_order
 from timm_ep.core.settings import SETTING_NAMES, Settings
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
@@ -134,7 +135,7 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[R
     groups = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
-    return dict(sorted(groups.items()))
+    return dict(sorted(groups.items(), key=lambda item: in_order(item[0]) if isinstance(item[0], str) else item[0]))
 
 
 def _table(rows: list[Row], axis: str) -> str:
@@ -156,12 +157,16 @@ def _mean(rows: list[Row]) -> str:
 
 
 def _draw(path: Path, rows: list[Row], panel: Callable[..., None], data: list[Any]) -> None:
-    """A figure with a panel for each group."""
-    groups = sorted({row.group for row in rows})
-    figure, (axes,) = new_figure(len(groups))
-    for group, ax in zip(groups, axes, strict=True):
-        panel(ax, group, *data)
-    axes[-1].legend(fontsize="x-small")
+    """A figure with a panel for each group, three in a row."""
+    groups = sorted({row.group for row in rows}, key=in_order)
+    columns = min(len(groups), 3)
+    figure, axes = new_figure(columns, math.ceil(len(groups) / columns))
+    for index, ax in enumerate(axes.flat):
+        if index < len(groups):
+            panel(ax, groups[index], *data)
+        else:
+            ax.set_axis_off()
+    axes.flat[0].legend(fontsize="x-small")
     save_figure(figure, path)
 
 
