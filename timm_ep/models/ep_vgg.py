@@ -56,7 +56,7 @@ _FEEDBACK = {
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
     name: {"free_sweeps": 4}
     for name in ("ep_vgg9_025.ep_fashion_mnist", "ep_vgg9_050.ep_cifar10", "ep_vgg16_025.ep_cifar10")
-}
+} | {"ep_vgg8.ep_cifar100": {"free_sweeps": 2}}
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
@@ -86,6 +86,17 @@ def _shipped(name: str) -> str:
 
 _GREY: dict[str, Any] = {"input_size": (1, 32, 32), "mean": (0.449,), "std": (0.226,)}
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905  a hundred lines otherwise
+)
 _FASHION_MNIST = (
     "T-shirt/top",
     "Trouser",
@@ -110,7 +121,8 @@ default_cfgs = generate_default_cfgs(
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg7.untrained": _cfg(32),
-        "ep_vgg8.untrained": _cfg(32),
+        "ep_vgg8.ep_cifar100": _cfg(32, file=_shipped("ep_vgg8.ep_cifar100"), num_classes=100, label_names=_CIFAR100),
+        "ep_vgg8.untrained*": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
             32, file=_shipped("ep_vgg9_025.ep_fashion_mnist"), num_classes=10, label_names=_FASHION_MNIST, **_GREY
