@@ -132,6 +132,11 @@ class RunFacts:
         _check_fields(cls, values, path)
         return cls(**values)
 
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> "RunFacts | None":
+        """Read what `save` wrote, or None where there is no such file."""
+        return cls.load(path) if os.path.exists(path) else None
+
 
 def _check_fields(cls: type, values: Any, path: Path) -> None:
     if not isinstance(values, dict):
@@ -298,13 +303,10 @@ def folder_card(folder: str | os.PathLike[str], name: str, source: str) -> str:
     """
     folder = Path(folder)
     model = verify_config(folder / CONFIG_NAME)
-    facts, twin = (
-        RunFacts.load(folder / found) if (folder / found).exists() else None for found in (RESULTS_NAME, TWIN_NAME)
-    )
     return render_card(
         read_config(folder / CONFIG_NAME),
-        facts,
-        twin,
+        RunFacts.find(folder / RESULTS_NAME),
+        RunFacts.find(folder / TWIN_NAME),
         name=name,
         source=source,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

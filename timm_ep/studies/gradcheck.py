@@ -1,10 +1,9 @@
 """How well a net settles and how well EP follows BPTT, at init or trained."""
 
-import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
 from timm_ep.core.settings import SETTING_NAMES
+from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.models import EpVgg
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
-from timm_ep.studies.workload import Workload
-from timm_ep.training.evaluate import load_run
+from timm_ep.studies.workload import Workload, changed
 
 # Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
 _CONVERGED_SWEEPS = 24
@@ -86,8 +85,7 @@ def weight_gradients(
 ) -> list[Tensor]:
     """The gradient of every layer's kernel, flat and in float64, with some of the model's settings changed."""
     criterion = criterion or readout_criterion(model)
-    twin = copy.deepcopy(model)
-    twin.settings = replace(model.settings, **settings)
+    twin = changed(model, **settings)
     twin.set_grad_checkpointing()
 
     def loss_of(states: Sequence[Tensor]) -> Tensor:
@@ -221,7 +219,7 @@ class Gradcheck:
     def _check(self, name: str, changes: dict[str, Any]) -> Report:
         workload = Workload(
             name,
-            {**self.model_args, **changes},
+            self.model_args,
             dataset=self.dataset,
             data_dir=self.data_dir,
             batch_size=self.batch_size,
@@ -229,8 +227,8 @@ class Gradcheck:
             seed=self.seed,
         )
         model, images, labels = workload.make()
-        model.eval()  # the same read-out in every pass, without dropout
-        facts = load_run(name)[1] if Path(name).is_dir() else None
+        model = changed(model, **changes).eval()  # the same read-out in every pass, without dropout
+        facts = RunFacts.find(Path(name, RESULTS_NAME))
         signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None
         steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
         return Report(

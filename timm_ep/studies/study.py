@@ -158,14 +158,13 @@ def _mean(rows: list[Row]) -> str:
 
 def _draw(path: Path, rows: list[Row], panel: Callable[..., None], data: list[Any]) -> None:
     """A figure with a panel for each group, three in a row."""
-    groups = sorted({row.group for row in rows}, key=in_order)
+    groups = list(_grouped(rows, lambda row: row.group))
     columns = min(len(groups), 3)
     figure, axes = new_figure(columns, math.ceil(len(groups) / columns))
-    for index, ax in enumerate(axes.flat):
-        if index < len(groups):
-            panel(ax, groups[index], *data)
-        else:
-            ax.set_axis_off()
+    for group, ax in zip(groups, axes.flat, strict=False):
+        panel(ax, group, *data)
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
     axes.flat[0].legend(fontsize="x-small")
     save_figure(figure, path)
 
@@ -186,8 +185,8 @@ def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
     if positive and max(positive) >= 100 * min(positive):  # over orders of magnitude, and 0
         ax.set_xscale("symlog", linthresh=min(positive))
     # The same tens in every panel, so that they compare.
-    low, high = (math.floor(min(row.accuracy for row in rows) / 10), math.ceil(max(row.accuracy for row in rows) / 10))
-    ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(10 * low, 10 * max(high, low + 1)))
+    tens = [row.accuracy // 10 * 10 for row in rows]
+    ax.set(title=group, xlabel=axis, ylabel="test accuracy, %", ylim=(min(tens), max(tens) + 10))
 
 
 def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[str, float]]]) -> None:

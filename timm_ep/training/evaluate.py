@@ -87,7 +87,7 @@ def load_run(run: str | Path, device: str = "cpu", sweeps: int | None = None) ->
         raise FileNotFoundError(f"{run} does not exist; expected the folder of a run, or of a model that was pulled.")
     if not (run / WEIGHTS_NAME).exists() and (run / "checkpoints").is_dir():
         raise FileNotFoundError(unfinished(run))
-    facts = RunFacts.load(run / RESULTS_NAME) if (run / RESULTS_NAME).exists() else None
+    facts = RunFacts.find(run / RESULTS_NAME)
     model = load(run, facts.architecture if facts else named_architecture(run)).to(device)
     set_sweeps(model, sweeps)
     return model, facts
