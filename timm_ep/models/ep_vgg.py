@@ -54,9 +54,11 @@ _FEEDBACK = {
 
 # Settings of released weights, where they are not the defaults.
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
-    name: {"free_sweeps": 4}
-    for name in ("ep_vgg9_025.ep_fashion_mnist", "ep_vgg9_050.ep_cifar10", "ep_vgg16_025.ep_cifar10")
-} | {"ep_vgg8.ep_cifar100": {"free_sweeps": 2}}
+    "ep_vgg8.ep_cifar100": {"free_sweeps": 2},
+    "ep_vgg9_025.ep_fashion_mnist": {"free_sweeps": 4},
+    "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
+    "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
+}
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
