@@ -58,6 +58,7 @@ _TRAINED_WITH: dict[str, dict[str, Any]] = {
     "ep_vgg9_025.ep_fashion_mnist": {"free_sweeps": 4},
     "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
     "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
+    "ep_vgg16_050.ep_cifar10": {"free_sweeps": 2},
 }
 
 
@@ -143,7 +144,10 @@ default_cfgs = generate_default_cfgs(
             32, file=_shipped("ep_vgg16_025.ep_cifar10"), num_classes=10, pool_size=(1, 1), label_names=_CIFAR10
         ),
         "ep_vgg16_025.untrained*": _cfg(224),
-        "ep_vgg16_050.untrained": _cfg(224),
+        "ep_vgg16_050.ep_cifar10": _cfg(
+            32, file=_shipped("ep_vgg16_050.ep_cifar10"), num_classes=10, pool_size=(1, 1), label_names=_CIFAR10
+        ),
+        "ep_vgg16_050.untrained*": _cfg(224),
         "ep_vgg19.untrained": _cfg(224),
     }
 )
