@@ -55,6 +55,7 @@ _FEEDBACK = {
 # Settings of released weights, where they are not the defaults.
 _TRAINED_WITH: dict[str, dict[str, Any]] = {
     "ep_vgg8.ep_cifar100": {"free_sweeps": 2},
+    "ep_vgg8.ep_cifar100_ft_cifar10": {"free_sweeps": 2},
     "ep_vgg9_025.ep_fashion_mnist": {"free_sweeps": 4},
     "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
     "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
@@ -125,6 +126,9 @@ default_cfgs = generate_default_cfgs(
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg7.untrained": _cfg(32),
         "ep_vgg8.ep_cifar100": _cfg(32, file=_shipped("ep_vgg8.ep_cifar100"), num_classes=100, label_names=_CIFAR100),
+        "ep_vgg8.ep_cifar100_ft_cifar10": _cfg(
+            32, file=_shipped("ep_vgg8.ep_cifar100_ft_cifar10"), num_classes=10, label_names=_CIFAR10
+        ),
         "ep_vgg8.untrained*": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
         "ep_vgg9_025.ep_fashion_mnist": _cfg(
