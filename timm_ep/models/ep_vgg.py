@@ -83,9 +83,10 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _shipped(name: str) -> str:
-    """Path of weights that ship with the package; larger ones are named by `hf_hub_id`."""
-    return str(files("timm_ep") / "weights" / f"{name}.safetensors")
+def _shipped(name: str, labels: tuple[str, ...], **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """The entry of weights that ship with the package; larger ones are named by `hf_hub_id`."""
+    path = str(files("timm_ep") / "weights" / f"{name}.safetensors")
+    return {name: _cfg(32, file=path, num_classes=len(labels), label_names=labels, **kwargs)}
 
 
 _GREY: dict[str, Any] = {"input_size": (1, 32, 32), "mean": (0.449,), "std": (0.226,)}
@@ -119,38 +120,26 @@ _FASHION_MNIST = (
 default_cfgs = generate_default_cfgs(
     {
         "ep_vgg5.untrained": _cfg(32),
-        "ep_vgg5_025.ep_digits": _cfg(
-            32, file=_shipped("ep_vgg5_025.ep_digits"), num_classes=10, label_names=tuple("0123456789"), **_GREY
-        ),
+        **_shipped("ep_vgg5_025.ep_digits", tuple("0123456789"), **_GREY),
         "ep_vgg5_025.untrained*": _cfg(32),
         "ep_vgg5_050.untrained": _cfg(32),
         "ep_vgg7.untrained": _cfg(32),
-        "ep_vgg8.ep_cifar100": _cfg(32, file=_shipped("ep_vgg8.ep_cifar100"), num_classes=100, label_names=_CIFAR100),
-        "ep_vgg8.ep_cifar100_ft_cifar10": _cfg(
-            32, file=_shipped("ep_vgg8.ep_cifar100_ft_cifar10"), num_classes=10, label_names=_CIFAR10
-        ),
+        **_shipped("ep_vgg8.ep_cifar100", _CIFAR100),
+        **_shipped("ep_vgg8.ep_cifar100_ft_cifar10", _CIFAR10),
         "ep_vgg8.untrained*": _cfg(32),
         "ep_vgg9.untrained": _cfg(32),
-        "ep_vgg9_025.ep_fashion_mnist": _cfg(
-            32, file=_shipped("ep_vgg9_025.ep_fashion_mnist"), num_classes=10, label_names=_FASHION_MNIST, **_GREY
-        ),
+        **_shipped("ep_vgg9_025.ep_fashion_mnist", _FASHION_MNIST, **_GREY),
         "ep_vgg9_025.untrained*": _cfg(32),
-        "ep_vgg9_050.ep_cifar10": _cfg(
-            32, file=_shipped("ep_vgg9_050.ep_cifar10"), num_classes=10, label_names=_CIFAR10
-        ),
+        **_shipped("ep_vgg9_050.ep_cifar10", _CIFAR10),
         "ep_vgg9_050.untrained*": _cfg(32),
         "ep_vgg11.untrained": _cfg(224),
         "ep_vgg11_025.untrained": _cfg(224),
         "ep_vgg11_050.untrained": _cfg(224),
         "ep_vgg13.untrained": _cfg(224),
         "ep_vgg16.untrained": _cfg(224),
-        "ep_vgg16_025.ep_cifar10": _cfg(
-            32, file=_shipped("ep_vgg16_025.ep_cifar10"), num_classes=10, pool_size=(1, 1), label_names=_CIFAR10
-        ),
+        **_shipped("ep_vgg16_025.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
         "ep_vgg16_025.untrained*": _cfg(224),
-        "ep_vgg16_050.ep_cifar10": _cfg(
-            32, file=_shipped("ep_vgg16_050.ep_cifar10"), num_classes=10, pool_size=(1, 1), label_names=_CIFAR10
-        ),
+        **_shipped("ep_vgg16_050.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
         "ep_vgg16_050.untrained*": _cfg(224),
         "ep_vgg19.untrained": _cfg(224),
     }
