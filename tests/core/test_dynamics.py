@@ -267,3 +267,14 @@ def test_short_products_keep_the_states_and_the_gradient(pool):
     for ours, theirs in zip(gradient(products="bfloat16"), gradient(), strict=True):
         assert ours.dtype == torch.float64
         assert F.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > {"avg": 0.999, "max": 0.9}[pool]
+
+
+def test_changes_are_on_the_device_of_the_states():
+    """Also those of layers that a nudge from below has not reached, as one number is taken of all."""
+    net, x = make_net(4, feedback=0.5, update="odd-even").to("meta"), torch.empty(2, 3, 16, 16, device="meta")
+    with torch.no_grad():
+        free = free_phase(net.net(), x.to(net.net().kernels[0].dtype), net.settings)
+        forces = [torch.ones_like(free.states[0]), None, None, None]
+        seen = []
+        nudged_phase(net.net(), free, forces, net.settings, 0.1, trace=seen.append)
+    assert {change.device.type for changes in seen for change in changes} == {"meta"}

@@ -114,7 +114,7 @@ def nudged_phase(
         if watch:
             watch(phase)
         if trace or judges:
-            changes = _delta_changes(phase.deltas, before)
+            changes = _delta_changes(phase.deltas, before, free.preactivations[0])
             if trace:
                 trace(changes)
             if judges and torch.stack(changes).max() < settings.tol:
@@ -245,9 +245,7 @@ def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: l
     return nudged.route(delta).add_(moved, alpha=scales[layer])
 
 
-def _delta_changes(new: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor]:
-    pairs = [
-        (torch.zeros(1), torch.zeros(1)) if a is None else (a, torch.zeros_like(a) if b is None else b)
-        for a, b in zip(new, old, strict=True)
-    ]
-    return relative_changes(*zip(*pairs, strict=True))
+def _delta_changes(new: Sequence[Tensor | None], old: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    nothing = like.new_zeros(1)  # a layer that the nudge has not reached
+    reached, before = ([nothing if delta is None else delta for delta in deltas] for deltas in (new, old))
+    return relative_changes(reached, before)
