@@ -13,7 +13,7 @@ from conftest import make_batch, make_net
 from timm_ep import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.layers import layer_weights
-from timm_ep.signals.local_errors import LocalErrors
+from timm_ep.signals.local_errors import LocalErrors, grid_averages
 from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import Teacher
 
@@ -70,6 +70,19 @@ def test_the_parameters_of_signals_get_exactly_their_own_gradient():
         for name in ("weight", "bias"):
             expected = getattr(classify, name).grad
             torch.testing.assert_close(ours[f"signals.local_error.classifiers.{index}.{name}"], expected)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (2, 2), (1, 3), (4, 4)])
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_grid_averages_are_those_of_adaptive_pooling(size, side, memory_format):
+    """On grids that divide the map, that do not, and that are finer than it; values and gradient."""
+    torch.manual_seed(0)
+    state = torch.rand(2, 3, *size, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    ours, expected = grid_averages(state, side), F.adaptive_avg_pool2d(state, side).flatten(1)
+    assert_close(ours, expected)
+    pull = torch.randn_like(expected)
+    assert_close(*(torch.autograd.grad(averages, state, pull)[0] for averages in (ours, expected)))
 
 
 def quarters(maps):
