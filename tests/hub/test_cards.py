@@ -110,6 +110,15 @@ def test_a_reference_by_backprop_is_not_called_ep(tmp_path):
     assert "but **not** by Equilibrium" in folder_card(run, "x", "hf-hub:a/x")
 
 
+def test_sweeps_that_a_tolerance_ends_are_said_to_be_at_most_so_many(tmp_path):
+    run = make_run(tmp_path / "run")
+    make_facts(settings={**make_facts().settings, "free_sweeps": 40, "tol": 0.02}).save(run / "results.json")
+    sweeps = re.search(r"^\| Sweeps \| (.+) \|$", folder_card(run, "x", "hf-hub:a/x"), re.M)
+    assert sweeps is not None
+    assert sweeps[1].startswith("at most 40 free")
+    assert "until no layer changes by more than 0.02 of its size; sweep updates" in sweeps[1]
+
+
 def test_all_settings_are_published(tmp_path):
     """Of a run that relies on defaults too: it is to be the same model after a default has changed."""
     run = make_run(tmp_path / "run")

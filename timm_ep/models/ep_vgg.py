@@ -59,6 +59,7 @@ _TRAINED_WITH: dict[str, dict[str, Any]] = {
     "ep_vgg9_025.ep_fashion_mnist": {"free_sweeps": 4},
     "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
     "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
+    "ep_vgg16_025.ep_strong_cifar10": {"preset": "strong", "tol": 0.02, "products": "bfloat16"},
     "ep_vgg16_050.ep_cifar10": {"free_sweeps": 2},
 }
 
@@ -138,6 +139,7 @@ default_cfgs = generate_default_cfgs(
         "ep_vgg13.untrained": _cfg(224),
         "ep_vgg16.untrained": _cfg(224),
         **_shipped("ep_vgg16_025.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
+        **_shipped("ep_vgg16_025.ep_strong_cifar10", _CIFAR10, pool_size=(1, 1)),
         "ep_vgg16_025.untrained*": _cfg(224),
         **_shipped("ep_vgg16_050.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
         "ep_vgg16_050.untrained*": _cfg(224),
