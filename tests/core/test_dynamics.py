@@ -271,10 +271,11 @@ def test_short_products_keep_the_states_and_the_gradient(pool):
 
 def test_changes_are_on_the_device_of_the_states():
     """Also those of layers that a nudge from below has not reached, as one number is taken of all."""
-    net, x = make_net(4, feedback=0.5, update="odd-even").to("meta"), torch.empty(2, 3, 16, 16, device="meta")
+    model, x = make_net(4, feedback=0.5, update="odd-even").to("meta"), make_batch()[0].to("meta")
+    seen = []
     with torch.no_grad():
-        free = free_phase(net.net(), x.to(net.net().kernels[0].dtype), net.settings)
+        net = model.net()
+        free = free_phase(net, x, model.settings)
         forces = [torch.ones_like(free.states[0]), None, None, None]
-        seen = []
-        nudged_phase(net.net(), free, forces, net.settings, 0.1, trace=seen.append)
+        nudged_phase(net, free, forces, model.settings, 0.1, trace=seen.append)
     assert {change.device.type for changes in seen for change in changes} == {"meta"}
