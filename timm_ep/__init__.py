@@ -6,7 +6,7 @@ from timm_ep.models import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.task import EpTask
-from timm_ep.signals.teachers import create_teacher
+from timm_ep.signals.teachers import TeacherEnsemble, create_teacher
 from timm_ep.studies.gradcheck import gradient_check
 from timm_ep.training.trainer import Trainer
 from timm_ep.version import __version__
@@ -18,6 +18,7 @@ __all__ = [
     "LocalErrors",
     "LogitDistillation",
     "Settings",
+    "TeacherEnsemble",
     "Trainer",
     "__version__",
     "create_teacher",

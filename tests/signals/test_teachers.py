@@ -8,7 +8,8 @@ from timm.models import save_for_hf
 from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
-from timm_ep.signals.teachers import TeacherCache, create_teacher
+from timm_ep.signals.distillation import FeatureDistillation
+from timm_ep.signals.teachers import TeacherCache, TeacherEnsemble, create_teacher
 from timm_ep.training.trainer import Trainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -63,6 +64,44 @@ def test_any_module_teaches_its_logits():
     answer = create_teacher(model, MEAN, STD)(torch.rand(2, 3, 32, 32))
     assert answer.features == ()
     assert answer.logits.shape == (2, 7)
+
+
+def test_an_ensemble_answers_with_the_mean_of_the_probabilities():
+    """Each member sees the images as it knows them; one is sure of class 0, the other of nothing."""
+    torch.manual_seed(0)
+    models = [timm.create_model(name, num_classes=7) for name in ("test_resnet", "ep_vgg5_025")]
+    members = [create_teacher(model, MEAN, STD) for model in models]
+    ensemble, images = TeacherEnsemble(members), torch.rand(3, 3, 32, 32)
+    answer = ensemble(images)
+    expected = (
+        sum(
+            member(images).logits.double().exp() / member(images).logits.double().exp().sum(1, True)
+            for member in members
+        )
+        / 2
+    )
+    assert answer.features == ()
+    assert_close(answer.logits.exp().double(), expected, rtol=1e-5, atol=1e-6)
+    assert not any(module.training for member in ensemble.train().members for module in member.modules())
+    assert "shown 160×160 pixels in 3 channels; shown 32×32" in ensemble.extra_repr()
+    with pytest.raises(ValueError, match="TeacherEnsemble gives no features; choose one model"):
+        FeatureDistillation(models[1], ensemble)
+
+
+def test_a_named_teacher_takes_arguments():
+    plain, single = (
+        create_teacher("ep_vgg5_025.ep_digits", (0.5,), (0.5,), model_args=args) for args in ({}, {"free_sweeps": 0})
+    )
+    images = torch.rand(2, 1, 32, 32)
+    assert (plain.model.settings.free_sweeps, single.model.settings.free_sweeps) == (6, 0)
+    assert not torch.equal(plain(images).logits, single(images).logits)
+    twin = timm.create_model("ep_vgg5_025.ep_digits", pretrained=True)
+    twin.gradient = "backprop"  # feedforward alone
+    assert_close(single(images).logits, twin.train()(single.adapt(images)).detach())
+    with pytest.raises(
+        ValueError, match=r"model_args=\{'free_sweeps': 0\} are of a model to create; EpVgg exists already"
+    ):
+        create_teacher(plain.model, (0.5,), (0.5,), model_args={"free_sweeps": 0})
 
 
 def test_a_teacher_is_frozen_and_stays_in_eval_mode():

@@ -191,6 +191,19 @@ def test_the_teacher_is_asked_once_for_each_image_and_its_answers_are_its_own(tm
     assert facts.signals == {"distill_features": 0.1, "distill_logits": 0.5}
 
 
+def test_several_teachers_answer_together(tmp_path, capfd):
+    runs = [tmp_path / name for name in ("first", "second")]
+    for seed, run in enumerate(runs):
+        Trainer(**OPTIONS, seed=seed, output=run).run()
+    teaching = {"teacher": [str(run) for run in runs], "teacher_args": {"free_sweeps": 0}, "distill_logits": 0.5}
+    facts = Trainer(**{**OPTIONS, "quiet": False}, **teaching, output=tmp_path / "student").run()
+    assert facts.teacher == f"{runs[0]}, {runs[1]}"
+    assert capfd.readouterr().out.count("shown 32×32 pixels in 1 channels") == 2
+    assert """'--teacher-args={"free_sweeps": 0}'""" in facts.command
+    with pytest.raises(ValueError, match="TeacherEnsemble gives no features"):
+        Trainer(**OPTIONS, **teaching, distill_features=1.0, output=tmp_path / "features").run()
+
+
 def test_tensorboard_has_every_update_once_though_the_run_broke_off_and_was_resumed(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = {**OPTIONS, "log_tensorboard": True, "checkpoint_interval": "3", "output": tmp_path}
@@ -235,6 +248,7 @@ def test_a_finished_run_does_not_fail_for_want_of_matplotlib(tmp_path, monkeypat
         ({"model_ema_decay": 1.0}, r"model_ema_decay=1\.0"),
         ({"distill_logits": 0.5}, "Distillation needs a teacher"),
         ({"teacher": "resnet18"}, "teacher=resnet18 has nothing to teach"),
+        ({"teacher": ["a", "b"], "teacher_checkpoint": "c", "distill_logits": 1.0}, "teacher_checkpoint=c is of one"),
         ({"teacher": "x", "distill_logits": 1.0, "cache_teacher": True, "mixup": 0.1}, r"but mixup=0\.1 changes"),
         ({"teacher": "x", "distill_logits": 1.0, "cache_teacher": True, "augment": "crop"}, "but augment=crop changes"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timm_ep.models import EpVgg
 from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
 from timm_ep.signals.local_errors import LayerClassifiers
-from timm_ep.signals.teachers import Teacher
+from timm_ep.signals.teachers import Teacher, TeacherEnsemble
 
 __all__ = ["FeatureDistillation", "LogitDistillation"]
 
@@ -39,7 +39,7 @@ class FeatureDistillation(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher,
+        teacher: Teacher | TeacherEnsemble,
         weight: float | Sequence[float] = 1.0,
         layers: Sequence[int] | None = None,
         loss: Literal["mse", "cosine"] = "mse",
@@ -49,8 +49,8 @@ class FeatureDistillation(nn.Module):
         model = student_of(model)
         if not teacher.channels:
             raise ValueError(
-                f"The teacher {type(teacher.model).__name__} gives no features; choose a model with feature_info, or "
-                "distil its logits only."
+                f"The teacher {type(getattr(teacher, 'model', teacher)).__name__} gives no features; choose one model "
+                "with feature_info, or distil logits only."
             )
         if loss not in ("mse", "cosine"):
             raise ValueError(f"loss={loss!r} is unknown; choose mse or cosine.")

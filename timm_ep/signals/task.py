@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_ep.models import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
-from timm_ep.signals.teachers import Teacher, TeacherOutput
+from timm_ep.signals.teachers import Teacher, TeacherEnsemble, TeacherOutput
 
 __all__ = ["EpTask"]
 
@@ -95,7 +95,7 @@ class EpTask(ClassificationTask):
         local_errors: LocalErrors | None = None,
         distill_features: FeatureDistillation | None = None,
         distill_logits: LogitDistillation | None = None,
-        teacher: Teacher | None = None,
+        teacher: Teacher | TeacherEnsemble | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **{"verbose": False, **kwargs})

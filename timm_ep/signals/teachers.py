@@ -1,6 +1,7 @@
 """Teachers for distillation: any of timm's trained models, matched to what the student sees."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-__all__ = ["Teacher", "TeacherCache", "TeacherOutput", "create_teacher", "load_trained"]
+__all__ = ["Teacher", "TeacherCache", "TeacherEnsemble", "TeacherOutput", "create_teacher", "load_trained"]
 
 _CACHE_LIMIT = 8 * 2**30  # bytes
 
@@ -92,6 +93,33 @@ class Teacher(nn.Module):
         return TeacherOutput(tuple(features), model.forward_head(last))
 
 
+class TeacherEnsemble(nn.Module):
+    """Teachers that answer together: the mean of their probabilities, which is more often right than each of them.
+
+    They give no features: those of different models have nothing in common.
+
+    Args:
+        members: of the same classes.
+    """
+
+    channels: Sequence[int] = ()
+    reductions: Sequence[int] = ()
+
+    def __init__(self, members: Iterable[Teacher]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def extra_repr(self) -> str:
+        """What each is shown."""
+        return "; ".join(str(member.extra_repr()) for member in self.members)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """The logarithm of the mean probabilities as logits, of the student's normalised images (B, channels, H, W)."""
+        logs = [F.log_softmax(member(images).logits.float(), 1) for member in self.members]
+        return TeacherOutput((), torch.stack(logs).logsumexp(0) - math.log(len(logs)))
+
+
 def create_teacher(
     source: str | Path | nn.Module,
     mean: Sequence[float],
@@ -99,6 +127,7 @@ def create_teacher(
     checkpoint: str | Path | None = None,
     classes: Sequence[str] | None = None,
     img_size: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """A teacher from timm, always with the head it was trained with. `Teacher.input_size` says what it is shown.
 
@@ -113,13 +142,18 @@ def create_teacher(
         img_size: side of the images that the teacher is shown, in pixels, to which the student's are resized: what it
             was trained at, where its configuration does not say so. By default its own: that of its position
             embeddings, or of its configuration. Models of one size, such as a ViT, are built for this one.
+        model_args: further arguments of the model that `source` names: `{"free_sweeps": 0}` has an `ep_vgg*` answer by
+            a single pass, at the price of its feedback.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: no trained weights, other classes than the student's, or a model that takes one size alone, another.
+        ValueError: no trained weights, other classes than the student's, a model that takes one size alone, another, or
+            arguments for a module that exists already.
     """
     given = isinstance(source, nn.Module)
-    model: Any = source if given else load_trained(str(source), checkpoint, img_size)
+    if given and model_args:
+        raise ValueError(f"model_args={dict(model_args)} are of a model to create; {_title(source)} exists already.")
+    model: Any = source if given else load_trained(str(source), checkpoint, img_size, **(model_args or {}))
     if img_size and (only := _only_size(model)) and only != (img_size, img_size):
         if given or not hasattr(model, "set_input_size"):
             raise ValueError(
@@ -152,11 +186,13 @@ def _only_size(model: nn.Module) -> tuple[int, int] | None:
     return None if size is None else (int(size[0]), int(size[1]))
 
 
-def load_trained(source: str, checkpoint: str | Path | None = None, img_size: int | None = None) -> nn.Module:
+def load_trained(
+    source: str, checkpoint: str | Path | None = None, img_size: int | None = None, **model_args: Any
+) -> nn.Module:
     """A model of timm with trained weights; arguments and errors as for `create_teacher`, `img_size` for weights in a
     checkpoint of a model that takes one size alone."""
     if checkpoint is not None:
-        return _load_checkpoint(source, Path(checkpoint), img_size)
+        return _load_checkpoint(source, Path(checkpoint), img_size, model_args)
     path = Path(source.removeprefix("local-dir:"))
     if path.is_file():
         path = path.parent
@@ -166,16 +202,16 @@ def load_trained(source: str, checkpoint: str | Path | None = None, img_size: in
                 f"{path} holds no config.json, which says what model its weights are; give the name of the model as "
                 "the teacher and the file of weights as its checkpoint."
             )
-        return timm.create_model(f"local-dir:{path}", pretrained=True)
+        return timm.create_model(f"local-dir:{path}", pretrained=True, **model_args)
     try:
-        return timm.create_model(source, pretrained=True)
+        return timm.create_model(source, pretrained=True, **model_args)
     except RuntimeError as error:
         raise ValueError(
             f"No teacher {source!r}: {error}. Give a name of timm.list_pretrained(), hf-hub:…, or the folder of a run."
         ) from error
 
 
-def _load_checkpoint(name: str, path: Path, img_size: int | None) -> nn.Module:
+def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Mapping[str, Any]) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected weights for the teacher {name}.")
     try:
@@ -191,10 +227,10 @@ def _load_checkpoint(name: str, path: Path, img_size: int | None) -> nn.Module:
         raise ValueError(f"{path} holds no {classifier}.weight: it has no head, or is not of {name}.")
     cfg = timm.get_pretrained_cfg(name)
     stem = state.get(f"{cfg.first_conv}.weight")
-    shape = {} if stem is None else {"in_chans": stem.shape[1]}
+    shape: dict[str, Any] = {} if stem is None else {"in_chans": stem.shape[1]}
     if img_size and cfg.fixed_input_size:
         shape["img_size"] = img_size
-    model = timm.create_model(name, num_classes=len(weight), **shape)
+    model = timm.create_model(name, **{"num_classes": len(weight), **shape, **model_args})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -215,7 +251,7 @@ class TeacherCache:
         count: images of the data set.
     """
 
-    def __init__(self, teacher: Teacher, count: int) -> None:
+    def __init__(self, teacher: Teacher | TeacherEnsemble, count: int) -> None:
         self.teacher, self.count = teacher, count
         self.known = torch.zeros(count, dtype=torch.bool)
         self.rows: list[Tensor] = []

@@ -30,7 +30,7 @@ from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.signals.task import EpTask
-from timm_ep.signals.teachers import Teacher, TeacherCache, create_teacher
+from timm_ep.signals.teachers import Teacher, TeacherCache, TeacherEnsemble, create_teacher
 from timm_ep.training.checkpoints import CheckpointStore, unfinished
 from timm_ep.training.distributed import World
 from timm_ep.training.images import RunImages, plain_loader
@@ -321,12 +321,8 @@ def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, 
     teacher = local_errors = features = logits = None
     if options.local_error:
         local_errors = LocalErrors(model, options.local_error, **options.local_error_args)
-    if options.teacher is not None:
-        classes = images.source.classes if options.distill_logits else None
-        teacher = create_teacher(
-            options.teacher, images.mean, images.std, options.teacher_checkpoint, classes, options.teacher_img_size
-        )
-        teacher = teacher.to(world.device)
+    if options.teacher:
+        teacher = _create_teacher(options, images).to(world.device)
         if options.distill_features:
             features = FeatureDistillation(model, teacher, options.distill_features, **options.distill_features_args)
         if options.distill_logits:
@@ -343,7 +339,26 @@ def _create_task(options: TrainingOptions, model: nn.Module, images: RunImages, 
     return task.to(world.device)
 
 
-def _fill_cache(options: TrainingOptions, teacher: Teacher, images: RunImages, world: World) -> TeacherCache:
+def _create_teacher(options: TrainingOptions, images: RunImages) -> Teacher | TeacherEnsemble:
+    names = [options.teacher] if isinstance(options.teacher, str) else options.teacher or []
+    teachers = [
+        create_teacher(
+            name,
+            images.mean,
+            images.std,
+            options.teacher_checkpoint,
+            images.source.classes if options.distill_logits else None,
+            options.teacher_img_size,
+            options.teacher_args,
+        )
+        for name in names
+    ]
+    return teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
+
+
+def _fill_cache(
+    options: TrainingOptions, teacher: Teacher | TeacherEnsemble, images: RunImages, world: World
+) -> TeacherCache:
     """Ask the teacher of every image, in their order: what it says then does not depend on where a run began."""
     cache, first = TeacherCache(teacher, len(images.train)), 0
     for batch, _ in plain_loader(options, images.train, images):

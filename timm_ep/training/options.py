@@ -65,7 +65,9 @@ class TrainingOptions:
         local_error: weight of the local errors, classifiers on the layers' states; 0 for none.
         local_error_args: further arguments of `timm_ep.LocalErrors`, such as `layers` or `schedule`.
         teacher: what to distil from, as for `timm_ep.signals.teachers.create_teacher`: a name of timm, `hf-hub:…`,
-            `local-dir:…`, or the folder of a run.
+            `local-dir:…`, or the folder of a run. Of several, `[A, B]`, the mean of their probabilities is distilled.
+        teacher_args: further arguments of the teacher's model: `{"free_sweeps": 0}` has an `ep_vgg*` answer by a single
+            pass, at the price of its feedback.
         teacher_checkpoint: weights for the model that `teacher` names.
         teacher_img_size: side of the images that the teacher is shown, in pixels; by default its own.
         distill_features: weight of the teacher's features as targets of the states; 0 for none.
@@ -156,7 +158,8 @@ class TrainingOptions:
     gradient: Literal["ep", "bptt", "backprop", "local"] = "ep"
     local_error: float = 0.0
     local_error_args: dict[str, Any] = field(default_factory=dict)
-    teacher: str | None = None
+    teacher: list[str] | str | None = None
+    teacher_args: dict[str, Any] = field(default_factory=dict)
     teacher_checkpoint: Path | None = None
     teacher_img_size: int | None = None
     distill_features: float = 0.0
@@ -240,11 +243,16 @@ class TrainingOptions:
 
     def _check_teaching(self) -> None:
         distils = self.distill_features or self.distill_logits
-        if distils and self.teacher is None:
+        if distils and not self.teacher:
             raise ValueError("Distillation needs a teacher (--teacher): a name of timm, or the folder of a run.")
-        if self.teacher is not None and not distils:
+        if self.teacher and not distils:
             raise ValueError(
                 f"teacher={self.teacher} has nothing to teach: set the weight of distill_features or distill_logits."
+            )
+        if isinstance(self.teacher, list) and self.teacher_checkpoint is not None:
+            raise ValueError(
+                f"teacher_checkpoint={self.teacher_checkpoint} is of one teacher, not of {self.teacher}; name the "
+                "folders of runs, or weights that timm finds by their names."
             )
         changes = {"augment": "none", "mixup": 0, "cutmix": 0, "hflip": None, "vflip": 0, "color_jitter": None}
         for name, harmless in {**changes, "aa": None, "reprob": 0}.items():

@@ -143,7 +143,7 @@ class Trainer(TrainingOptions):
             feedback_shares=tested.feedback_shares,
             couplings=averaged.couplings((images.size, images.size)) if tested.feedback_shares else [],
             signals={name: getattr(self, name) for name in loop.task.signals},
-            teacher=self.teacher,
+            teacher=", ".join(self.teacher) if isinstance(self.teacher, list) else self.teacher,
             started_from=None if start is None else str(start),
         )
         if world.primary:
