@@ -30,6 +30,7 @@ def make_facts(**kwargs) -> RunFacts:
             "top5": None,
             "epochs": 2,
             "train_seconds": 12.5,
+            "machine": "x86_64 CPU, 2 threads",
             "settings": dataclasses.asdict(model.settings),
             "feedback_share": 0.25,
             **kwargs,

@@ -25,6 +25,7 @@ def write_run(
         top5=None,
         epochs=2,
         train_seconds=7.0,
+        machine="x86_64 CPU, 2 threads",
         settings=dataclasses.asdict(Settings(gradient=gradient, feedback=feedback, **settings)),
         feedback_share=None,
         signals=dict.fromkeys(signals, 1.0),

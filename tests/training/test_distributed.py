@@ -18,9 +18,10 @@ from torch.testing import assert_close
 
 from conftest import make_batch, make_net
 from timm_ep.data.loader import EpochOrder
+from timm_ep.hub.cards import RunFacts
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.task import EpTask
-from timm_ep.training.distributed import join_world
+from timm_ep.training.distributed import World, join_world
 from timm_ep.training.trainer import Trainer
 
 processes = multiprocessing.get_context("forkserver")
@@ -142,6 +143,19 @@ def test_torchrun_trains_as_one_process_and_only_the_first_rank_talks(tmp_path):
         assert (theirs[name] - weight).norm() < 0.01 * moved, name  # which is not for want of learning
         assert moved > 1e-4, name
     assert f"accuracy: {facts.top1:.2f} %" in done.stdout.splitlines()[-1]
+    both = RunFacts.load(tmp_path / "two" / "results.json")
+    assert both.command.startswith("torchrun --nproc-per-node 2 -m timm_ep train --")
+    assert both.machine.endswith("CPU, 1 thread in each of 2 processes")
+
+
+def test_a_training_says_what_started_it(monkeypatch):
+    cpu = torch.device("cpu")
+    assert World(cpu).launcher == ["timm-ep"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert World(cpu, 0, 8).launcher == ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "timm_ep"]
+    assert World(cpu).machine.endswith(f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Name of {device}")
+    assert World(torch.device("cuda:1"), 1, 8).machine == "8 × Name of cuda:1"
 
 
 @pytest.fixture(scope="module")

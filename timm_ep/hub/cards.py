@@ -4,7 +4,6 @@ import dataclasses
 import html
 import json
 import os
-import platform
 import re
 import types
 import typing
@@ -44,13 +43,6 @@ _DATASETS: dict[str, tuple[str, str | None]] = {
 }
 
 
-def machine_description() -> str:
-    """The processor that trains here: the GPU if there is one, else the CPU and the threads torch uses."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 @dataclass(frozen=True)
 class RunFacts:
     """What a finished run states about itself: `results.json` in its folder, from which its card is made.
@@ -66,6 +58,7 @@ class RunFacts:
         top5: test accuracy in percent of the label being among the five likeliest; None with five classes or fewer.
         epochs: trained.
         train_seconds: wall-clock seconds of training.
+        machine: the processors it was trained on.
         settings: the model's EP settings, `dataclasses.asdict(model.settings)`.
         feedback_share: ‖s* − s_ff‖ / ‖s*‖ on test images, how far feedback moves the states from the feedforward pass;
             None where there is no feedback (`gradient="backprop"`).
@@ -75,7 +68,6 @@ class RunFacts:
         teacher: timm name of the distillation teacher, if any.
         started_from: the trained weights that the run started from, a name or a folder; None for random ones. Epochs
             and seconds are those after them.
-        machine: the processor it was trained on.
         torch_version: of PyTorch.
         timm_version: of timm.
         timm_ep_version: of this package.
@@ -92,6 +84,7 @@ class RunFacts:
     top5: float | None
     epochs: int
     train_seconds: float
+    machine: str
     settings: dict[str, Any]
     feedback_share: float | None
     feedback_shares: list[float] = field(default_factory=list)
@@ -99,7 +92,6 @@ class RunFacts:
     signals: dict[str, float] = field(default_factory=dict)
     teacher: str | None = None
     started_from: str | None = None
-    machine: str = field(default_factory=machine_description)
     torch_version: str = field(default_factory=lambda: torch.__version__)
     timm_version: str = field(default_factory=lambda: version("timm"))
     timm_ep_version: str = field(default_factory=lambda: version("timm_ep"))

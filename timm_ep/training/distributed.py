@@ -1,5 +1,7 @@
 """The processes of a training: one, or as many as torchrun started."""
 
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,24 @@ class World:
     def primary(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def machine(self) -> str:
+        """The processors that train: the devices, or the CPU and the threads of each process."""
+        if self.device.type == "cuda":
+            return f"{self.size} × {torch.cuda.get_device_name(self.device)}"
+        threads = torch.get_num_threads()
+        each = f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+        return each if self.size == 1 else f"{each} in each of {self.size} processes"
+
+    @property
+    def launcher(self) -> list[str]:
+        """What starts a command of this package in as many processes as there are: it alone, or torchrun."""
+        if self.size == 1:
+            return ["timm-ep"]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))  # torchrun's, of one machine
+        machines = [] if here == self.size else ["--nnodes", str(self.size // here)]
+        return ["torchrun", *machines, "--nproc-per-node", str(here), "-m", "timm_ep"]
 
     def sum(self, values: Sequence[torch.Tensor | float]) -> list[float]:
         """The sums over all processes, on the host: one transfer, and at most one message, for all of them."""

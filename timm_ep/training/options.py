@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -291,16 +292,15 @@ class TrainingOptions:
             raise ValueError(f"checkpoint_interval={text!r} is unknown; give updates, like 500, or seconds, like 600s.")
         return (None, float(value)) if kind is float else (int(value), None)
 
-    @property
-    def command(self) -> str:
-        """The command line that does the same, wherever the options came from."""
+    def command(self, launcher: Sequence[str]) -> str:
+        """The command line that does the same, wherever the options came from, after what starts the package."""
         defaults = TrainingOptions().plain()
         changed = {k: v for k, v in self.plain().items() if k not in _ONCE and v != defaults[k]}
         words = [
             f"--{name.replace('_', '-')}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in changed.items()
         ]
-        return shlex.join(["timm-ep", "train", *words])
+        return shlex.join([*launcher, "train", *words])
 
     def plain(self) -> dict[str, Any]:
         """The options as numbers, strings, lists and dicts."""

@@ -129,7 +129,7 @@ class Trainer(TrainingOptions):
         start = self.initial_checkpoint or (self.model if self.pretrained else None)
         facts = RunFacts(
             architecture=model.pretrained_cfg["architecture"],
-            command=self.command,
+            command=self.command(world.launcher),
             seed=self.seed,
             dataset=self.dataset,
             n_train=len(images.train),
@@ -138,6 +138,7 @@ class Trainer(TrainingOptions):
             top5=tested.top5,
             epochs=progress.epoch,
             train_seconds=progress.seconds,
+            machine=world.machine,
             settings=dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {},
             feedback_share=max(tested.feedback_shares, default=None),
             feedback_shares=tested.feedback_shares,
