@@ -51,12 +51,12 @@ def codes(ranks):
     return [process.exitcode for process in ranks]
 
 
-def gradients(path=None, count=1):
+def gradients(path=None, count=1, weight=0.3):
     """Gradients of net and local errors on this process's share of 16 images, in `count` accumulated batches."""
     with join_world("cpu") as world:
         model, (images, labels) = make_net(4, 0.5, feedback=0.5, beta=0.1, nudged_sweeps=3), make_batch(batch=16)
         torch.manual_seed(3)
-        task = EpTask(model, LocalErrors(model, 0.3))
+        task = EpTask(model, LocalErrors(model, weight))
         if world.size > 1:
             task.prepare_distributed()
         mine = slice(world.rank, None, world.size)
@@ -81,6 +81,17 @@ def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(count, tmp_
     for name, grad in ours.items():
         assert grad.abs().max() > 0, name
         assert_close(theirs[name], grad, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_classifiers_without_a_weight_do_not_hold_up_the_others(tmp_path):
+    """Their gradients never come, and DDP is not to wait for them."""
+    weight = [0.3, 0.0, 0.3, 0.0]
+    assert codes(start(gradients, tmp_path / "grads.pt", 2, weight)) == [0, 0]
+    theirs, ours = torch.load(tmp_path / "grads.pt"), gradients(count=2, weight=weight)
+    without = {f"local_error.classifiers.{index}.{name}" for index in (1, 3) for name in ("weight", "bias")}
+    assert {name for name, grad in ours.items() if grad is None} == without
+    for name in ours.keys() - without:
+        assert_close(theirs[name], ours[name], rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_two_processes_have_the_weights_of_one_after_twenty_steps_in_float64(tmp_path):
@@ -132,6 +143,7 @@ def test_torchrun_trains_as_one_process_and_only_the_first_rank_talks(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert "find_unused_parameters" not in done.stderr  # DDP's warning that it looked for them in vain
     assert [len(re.findall(text, done.stdout)) for text in ("epoch 1/2", "accuracy: ")] == [1, 1]
     facts = Trainer(**options, batch_size=64, output=tmp_path / "one", quiet=True).run()
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -66,6 +66,11 @@ class FeatureDistillation(nn.Module):
             for layer, match in zip(self.layers, self.matches, strict=True)
         )
 
+    @property
+    def rests(self) -> bool:
+        """Whether projections are without a gradient."""
+        return not all(self.weights)
+
     def forward(self, states: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
         """The weighted sum over the layers, a scalar.
 
@@ -122,6 +127,11 @@ class LogitDistillation(nn.Module):
         self.weight, self.temperature = weight, temperature
         answers = bool(layers) if layers is not None else isinstance(model, EpVgg)
         self.classifiers = LayerClassifiers(model, layers, pooled_size) if answers else None
+
+    @property
+    def rests(self) -> bool:
+        """Whether classifiers are without a gradient."""
+        return not self.weight
 
     def forward(self, states: Sequence[Tensor], logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The sum over the answers, a scalar in nats, mean over the batch.

@@ -108,6 +108,11 @@ class LocalErrors(LayerClassifiers):
         self.weights = layer_weights(weight, pushes(student_of(model), self.layers), schedule)
         self.final, self.progress = final, 0.0
 
+    @property
+    def rests(self) -> bool:
+        """Whether classifiers are without a gradient, in some layer or at the end."""
+        return not (self.final and all(self.weights))
+
     def forward(self, states: Sequence[Tensor], target: Tensor) -> Tensor:
         """The weighted sum over the layers, a scalar in nats.
 

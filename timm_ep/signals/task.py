@@ -146,6 +146,12 @@ class EpTask(ClassificationTask):
         if self.has_ema():
             self.trainable_module_ema.update(self.model, step=step)
 
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "EpTask":
+        """As timm's; DDP is told to expect parameters without a gradient where a signal rests (see `rests`)."""
+        rests = any(signal.rests for signal in self.signals.values())
+        super().prepare_distributed(device_ids, **{"find_unused_parameters": rests, **ddp_kwargs})
+        return self
+
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The model alone: averaged with `ema` (None where there is no average)."""
         if ema:

@@ -234,8 +234,7 @@ def create_loop(
         task.compile(backend=options.torchcompile)
     if world.size > 1:
         device_ids = None if world.device.type == "cpu" else [world.device.index]
-        # A signal may be off for a while, and its parameters without a gradient.
-        task.prepare_distributed(device_ids=device_ids, find_unused_parameters=len(task.signals) > 0)
+        task.prepare_distributed(device_ids=device_ids)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         **{
