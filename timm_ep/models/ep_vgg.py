@@ -60,7 +60,7 @@ _TRAINED_WITH: dict[str, dict[str, Any]] = {
     "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
     "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
     "ep_vgg16_025.ep_strong_cifar10": {"preset": "strong", "tol": 0.02, "products": "bfloat16"},
-    "ep_vgg16_050.ep_cifar10": {"free_sweeps": 2},
+    "ep_vgg16_050.ep_cifar10": {"free_sweeps": 4},
 }
 
 
