@@ -278,3 +278,33 @@ def test_registered_names_take_another_architecture():
     model = timm.create_model("ep_vgg16_025", architecture=[4, "M", 5, 6, "M"], features_only=True)
     assert model.feature_info.channels() == [5, 6]
     assert [f.shape[1:] for f in model(torch.rand(2, 3, 16, 16))] == [(5, 8, 8), (6, 4, 4)]
+
+
+def test_features_are_the_last_states_at_each_resolution():
+    model = timm_ep.EpVgg((4, 5, "M", 6, "M", 7, 8), num_classes=3)
+    assert model.feature_info == [
+        {"num_chs": 4, "reduction": 1, "module": "layers.0"},
+        {"num_chs": 5, "reduction": 2, "module": "layers.1"},
+        {"num_chs": 8, "reduction": 4, "module": "layers.4"},
+    ]
+    final, features = model.forward_intermediates(torch.rand(2, 3, 16, 16))
+    assert [state.shape[1:] for state in features] == [(4, 16, 16), (5, 8, 8), (8, 4, 4)]
+    assert_close(final, features[-1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (["M", 4], "item 0 pools, but there is no convolution right before it"),
+        ([4, "M", "M", 4], "item 2 pools, but there is no convolution right before it"),
+        ([4, "m"], r"item 1 is 'm'; give the output channels .* as in \[64, \"M\", 128, \"M\"\]"),
+        ("64,M", "item 0 is '6'"),
+        ([4, 0], "item 1 is 0"),
+        ([4, 8.0], "item 1 is 8.0"),
+        ([4, True], "item 1 is True"),
+        ([], "has no convolution; give at least one number of channels"),
+    ],
+)
+def test_what_is_no_architecture_is_refused(architecture, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("ep_vgg9", architecture=architecture)

@@ -130,7 +130,7 @@ def test_timm_loads_weights_under_the_names_of_its_own_vggs(tmp_path):
     [
         ({"center_kernels": True}, "create the model with center_kernels=False"),
         ({"architecture": CFG[2:]}, "of 6 convolutions, pooled after 1, 2, 4; this model has 5, pooled after 1, 3, 5"),
-        ({"architecture": (6, 8, "M", "M", 10, 10, "M", 12, 12, "M")}, "pooled after 1, 2, 4; this model has 6"),
+        ({"architecture": (6, 8, "M", 10, 10, "M", 12, 12, "M")}, "pooled after 1, 2, 4; this model has 6"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(target, message):

@@ -85,7 +85,7 @@ _IMAGE = _is_list(_is_int(1, 16_384), 3, 3)
 _NAMES = _is_list(_is_text, 0, 100_000)
 _TEXTS = _or_null(lambda value: _is_text(value) or _NAMES(value))
 _DESCRIPTIONS = _or_null(lambda value: isinstance(value, dict) and all(map(_is_text, (*value, *value.values()))))
-_LAYERS = _is_list(lambda value: value == "M" or _is_int(1, 8192)(value), 2, 64)
+_LAYERS = _is_list(lambda value: value == "M" or _is_int(1, 8192)(value), 1, 64)
 _POOL = _is_one_of("avg", "max", "avgmax", "catavgmax", "")
 
 _NOT_FOR_A_FILE = {"self", "device", "dtype", "settings"}
@@ -96,7 +96,7 @@ _MODEL_ARGS: dict[str, Accepts] = {
         for name in (*inspect.signature(EpVgg.__init__).parameters, *SETTING_NAMES)
         if name not in _NOT_FOR_A_FILE
     },
-    "architecture": lambda value: _LAYERS(value) and value[0] != "M",
+    "architecture": _LAYERS,
     "free_sweeps": _is_int(0, 10_000),
     "nudged_sweeps": _is_int(1, 10_000),
     "num_classes": _CLASSES,

@@ -17,6 +17,7 @@ from timm_ep.core.free_phase import free_phase
 from timm_ep.core.live import LossOfStates, live_loss
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import SETTING_NAMES, Settings
+from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.images import check_images
 from timm_ep.models.layers import EpConv2d
 from timm_ep.models.presets import KERNELS
@@ -48,8 +49,8 @@ class EpVgg(nn.Module):
     that can be changed at any time: `model.gradient = "bptt"`.
 
     Args:
-        architecture: output channels of each convolution, "M" for pooling after it. The registered names set it; it can
-            be given to them as well, for a net of another shape.
+        architecture: output channels of each convolution, "M" for pooling after it (`read_architecture`). The names
+            that timm registers set it; it can be given to them as well, for a net of another shape.
         num_classes: classes of the linear read-out; 0 for none.
         in_chans: channels of the image.
         global_pool: pooling before the read-out: `avg`, `max`, … or `''` for none, as in timm.
@@ -82,9 +83,9 @@ class EpVgg(nn.Module):
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: a setting outside its range, an unknown preset or read-out, paddings of another number than the
-            convolutions, or, for a read-out inside the dynamics, dropout, a unit other than 1 or a pooling other than
-            `avg`: it is part of the energy.
+        ValueError: what is no architecture (`read_architecture`), a setting outside its range, an unknown preset or
+            read-out, paddings of another number than the convolutions, or, for a read-out inside the dynamics, dropout,
+            a unit other than 1 or a pooling other than `avg`: it is part of the energy.
     """
 
     def __init__(
@@ -128,41 +129,32 @@ class EpVgg(nn.Module):
         self.center_kernels = center_kernels
         self.grad_checkpointing = False
 
-        self.pooled: list[bool] = []  # per layer
-        self.feature_info: list[dict[str, Any]] = []
-        self._taps: list[int] = []  # layer of each feature: the last state at each resolution
-        depth = sum(not isinstance(item, str) for item in architecture)
+        convolutions = read_architecture(architecture, in_chans)
+        depth = len(convolutions)
+        self.pooled = [convolution.pooled for convolution in convolutions]
+        self._taps = feature_layers(convolutions)
+        self.feature_info = [
+            {"num_chs": convolutions[tap].channels, "reduction": convolutions[tap].reduction, "module": f"layers.{tap}"}
+            for tap in self._taps
+        ]
         self.padding = (padding,) * depth if isinstance(padding, int) else tuple(padding)
         init_gains = (init_gain,) * depth if isinstance(init_gain, int | float) else tuple(init_gain)
         for name, values in {"padding": self.padding, "init_gain": init_gains}.items():
             if len(values) != depth or min(values) < 0:
                 raise ValueError(f"{name}={values}: give one number of at least 0, or one for each of {depth} layers.")
         layers: list[EpConv2d] = []
-        below, reduction = in_chans, 1
-        for item, following in zip(architecture, (*architecture[1:], None), strict=True):
-            if isinstance(item, str):
-                continue
-            pooled = following == "M"
-            gain = init_gains[len(layers)] * (kernels.pooled_gain[self.settings.pool] if pooled else kernels.gain)
-            scale = self.unit ** (len(layers) + 1)
-            layers.append(EpConv2d(below, item, gain, center_kernels, normalise, scale, device=device, dtype=dtype))
-            if layers[-1].gain is not None:
-                layers[-1].gain.requires_grad_(learn_gain)
-            self.pooled.append(pooled)
-            below = item
-            if pooled:
-                reduction *= 2
-            tap = {"num_chs": item, "reduction": reduction, "module": f"layers.{len(layers) - 1}"}
-            if self.feature_info and self.feature_info[-1]["reduction"] == reduction:
-                self.feature_info[-1], self._taps[-1] = tap, len(layers) - 1
-            else:
-                self.feature_info.append(tap)
-                self._taps.append(len(layers) - 1)
+        for index, (below, channels, pooled, _) in enumerate(convolutions):
+            gain = init_gains[index] * (kernels.pooled_gain[self.settings.pool] if pooled else kernels.gain)
+            scale = self.unit ** (index + 1)
+            layer = EpConv2d(below, channels, gain, center_kernels, normalise, scale, device=device, dtype=dtype)
+            if layer.gain is not None:
+                layer.gain.requires_grad_(learn_gain)
+            layers.append(layer)
         self.layers = nn.ModuleList(layers)
-        self.num_features = self.head_hidden_size = below
-        self._top = len(layers) - 1  # layer whose state is the features
+        self.num_features = self.head_hidden_size = convolutions[-1].channels
+        self._top = depth - 1  # layer whose state is the features
         # Last, because adaptive gradient clipping leaves out the last two parameters.
-        self.head = ClassifierHead(below, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self._center_output()
 
     @torch.jit.ignore
