@@ -7,6 +7,7 @@ Equilibrium Propagation via Intermediate Error Signals for Deep Convolutional CR
 The functions that timm registers differ by a row of the table alone, so they are made from it.
 """
 
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
+from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.crnn import EpVgg
 from timm_ep.models.weights import checkpoint_filter_fn
 
@@ -52,17 +54,6 @@ _FEEDBACK = {
     "vgg19": 0.01,
 }
 
-# Settings of released weights, where they are not the defaults.
-_TRAINED_WITH: dict[str, dict[str, Any]] = {
-    "ep_vgg8.ep_cifar100": {"free_sweeps": 2},
-    "ep_vgg8.ep_cifar100_ft_cifar10": {"free_sweeps": 2},
-    "ep_vgg9_025.ep_fashion_mnist": {"free_sweeps": 4},
-    "ep_vgg9_050.ep_cifar10": {"free_sweeps": 4},
-    "ep_vgg16_025.ep_cifar10": {"free_sweeps": 4},
-    "ep_vgg16_025.ep_strong_cifar10": {"preset": "strong", "tol": 0.02, "products": "bfloat16"},
-    "ep_vgg16_050.ep_cifar10": {"free_sweeps": 4},
-}
-
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
     return {
@@ -82,12 +73,6 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
         "origin_url": "https://arxiv.org/abs/2508.15989",
         **kwargs,
     }
-
-
-def _shipped(name: str, labels: tuple[str, ...], **kwargs: Any) -> dict[str, dict[str, Any]]:
-    """The entry of weights that ship with the package; larger ones are named by `hf_hub_id`."""
-    path = str(files("timm_ep") / "weights" / f"{name}.safetensors")
-    return {name: _cfg(32, file=path, num_classes=len(labels), label_names=labels, **kwargs)}
 
 
 _GREY: dict[str, Any] = {"input_size": (1, 32, 32), "mean": (0.449,), "std": (0.226,)}
@@ -116,34 +101,56 @@ _FASHION_MNIST = (
     "Ankle boot",
 )
 
-# A star, after the releases, marks the default of an architecture: its number of classes and channels do not follow
-# from what was released.
+
+@dataclass(frozen=True)
+class _Release:
+    """Weights that ship with the package; larger ones are named by `hf_hub_id` in `default_cfgs`."""
+
+    labels: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)  # of the net, where they are not the defaults
+    cfg: dict[str, Any] = field(default_factory=dict)
+
+
+_AT_32 = {"pool_size": (1, 1)}  # five poolings
+_RELEASES = {
+    "ep_vgg5_025.ep_digits": _Release(tuple("0123456789"), cfg=_GREY),
+    "ep_vgg8.ep_cifar100": _Release(_CIFAR100, {"free_sweeps": 2}),
+    "ep_vgg8.ep_cifar100_ft_cifar10": _Release(_CIFAR10, {"free_sweeps": 2}),
+    "ep_vgg9_025.ep_fashion_mnist": _Release(_FASHION_MNIST, {"free_sweeps": 4}, _GREY),
+    "ep_vgg9_050.ep_cifar10": _Release(_CIFAR10, {"free_sweeps": 4}),
+    "ep_vgg16_025.ep_cifar10": _Release(_CIFAR10, {"free_sweeps": 4}, _AT_32),
+    "ep_vgg16_025.ep_strong_cifar10": _Release(
+        _CIFAR10, {"preset": "strong", "tol": 0.02, "products": "bfloat16"}, _AT_32
+    ),
+    "ep_vgg16_050.ep_cifar10": _Release(_CIFAR10, {"free_sweeps": 4}, _AT_32),
+}
+
+
+def _release_cfg(name: str, release: _Release) -> dict[str, Any]:
+    path = str(files("timm_ep") / "weights" / f"{name}.safetensors")
+    return _cfg(32, file=path, num_classes=len(release.labels), label_names=release.labels, **release.cfg)
+
+
+# A star marks the default of an architecture: its number of classes and channels do not follow from what was released.
 default_cfgs = generate_default_cfgs(
     {
-        "ep_vgg5.untrained": _cfg(32),
-        **_shipped("ep_vgg5_025.ep_digits", tuple("0123456789"), **_GREY),
+        **{name: _release_cfg(name, release) for name, release in _RELEASES.items()},
+        "ep_vgg5.untrained*": _cfg(32),
         "ep_vgg5_025.untrained*": _cfg(32),
-        "ep_vgg5_050.untrained": _cfg(32),
-        "ep_vgg7.untrained": _cfg(32),
-        **_shipped("ep_vgg8.ep_cifar100", _CIFAR100),
-        **_shipped("ep_vgg8.ep_cifar100_ft_cifar10", _CIFAR10),
+        "ep_vgg5_050.untrained*": _cfg(32),
+        "ep_vgg7.untrained*": _cfg(32),
         "ep_vgg8.untrained*": _cfg(32),
-        "ep_vgg9.untrained": _cfg(32),
-        **_shipped("ep_vgg9_025.ep_fashion_mnist", _FASHION_MNIST, **_GREY),
+        "ep_vgg9.untrained*": _cfg(32),
         "ep_vgg9_025.untrained*": _cfg(32),
-        **_shipped("ep_vgg9_050.ep_cifar10", _CIFAR10),
         "ep_vgg9_050.untrained*": _cfg(32),
-        "ep_vgg11.untrained": _cfg(224),
-        "ep_vgg11_025.untrained": _cfg(224),
-        "ep_vgg11_050.untrained": _cfg(224),
-        "ep_vgg13.untrained": _cfg(224),
-        "ep_vgg16.untrained": _cfg(224),
-        **_shipped("ep_vgg16_025.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
-        **_shipped("ep_vgg16_025.ep_strong_cifar10", _CIFAR10, pool_size=(1, 1)),
+        "ep_vgg11.untrained*": _cfg(224),
+        "ep_vgg11_025.untrained*": _cfg(224),
+        "ep_vgg11_050.untrained*": _cfg(224),
+        "ep_vgg13.untrained*": _cfg(224),
+        "ep_vgg16.untrained*": _cfg(224),
         "ep_vgg16_025.untrained*": _cfg(224),
-        **_shipped("ep_vgg16_050.ep_cifar10", _CIFAR10, pool_size=(1, 1)),
         "ep_vgg16_050.untrained*": _cfg(224),
-        "ep_vgg19.untrained": _cfg(224),
+        "ep_vgg19.untrained*": _cfg(224),
     }
 )
 
@@ -179,16 +186,17 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
             _check_weights(variant, kwargs)
         # timm's scripts give the whole configuration where its factory gives the tag.
         tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
-        kwargs = {"architecture": scaled, **_TRAINED_WITH.get(f"{variant}.{tag}", {}), **kwargs}
+        released = _RELEASES.get(f"{variant}.{tag}")
+        kwargs = {"architecture": scaled, **(released.settings if released else {}), **kwargs}
         if kwargs.get("preset", "fast") == "fast":
             kwargs.setdefault("feedback", _FEEDBACK[base])
-        resolutions = list(kwargs["architecture"]).count("M") + (kwargs["architecture"][1] != "M")
+        features = feature_layers(read_architecture(kwargs["architecture"], kwargs.get("in_chans", 3)))
         return build_model_with_cfg(
             EpVgg,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(resolutions))},
+            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(features)))},
             **kwargs,
         )
 
