@@ -133,7 +133,7 @@ class EpVgg(nn.Module):
         depth = len(convolutions)
         self.pooled = [convolution.pooled for convolution in convolutions]
         self._taps = feature_layers(convolutions)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": convolutions[tap].channels, "reduction": convolutions[tap].reduction, "module": f"layers.{tap}"}
             for tap in self._taps
         ]
