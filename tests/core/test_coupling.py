@@ -226,3 +226,12 @@ def test_local_learning_passes_no_gradient_between_layers():
         grads = torch.autograd.grad(state.square().sum(), list(model.layers.parameters()), allow_unused=True)
         reached = {number // 3 for number, grad in enumerate(grads) if grad is not None and grad.abs().max() > 0}
         assert reached == {index}
+
+
+def test_an_output_that_settles_is_capped_too():
+    model = EpVgg((8, "M", 8, "M"), num_classes=4, readout="state", feedback=1.0)
+    with torch.no_grad():
+        model.head.fc.weight.mul_(30)
+    assert model.couplings((16, 16))[-1] > 1
+    model.cap_couplings(0.4, (16, 16))
+    assert max(model.couplings((16, 16))[1:]) == pytest.approx(0.4, rel=1e-3)

@@ -176,3 +176,34 @@ def test_what_a_device_cannot_do_is_refused(other):
         EpVgg((4, "M"), state_bits=4, **other)
     with pytest.raises(ValueError, match="is too small; it must be at least 0"):
         Settings(state_noise=-0.1)
+
+
+def test_weights_are_written_once_for_both_phases():
+    """Rounded to one of two steps at random: written again in the nudged phase they would be another device, and what
+    is the same in both phases would be no difference of ±β any more."""
+    model, (x, y) = make_net(4, 0.5, feedback=0.3, weight_bits=6, nudging="centered", beta=0.2), make_batch()
+    model.rounding = "stochastic"
+    gradients = []
+    for loss in (read_out, lambda *args: 0 * read_out(*args)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss(model, model.equilibrium(x), y).backward()
+        gradients.append([layer.weight.grad for layer in model.layers])
+    ideal = make_net(4, 0.5, feedback=0.3)
+    read_out(ideal, ideal.equilibrium(x), y).backward()
+    for ours, none, layer in zip(*gradients, ideal.layers, strict=True):
+        assert F.cosine_similarity(ours.flatten(), layer.weight.grad.flatten(), 0) > 0.8
+        assert none.abs().max() < 1e-12
+
+
+def test_a_kernel_of_zeros_can_be_written():
+    model, (x, _) = make_net(4, 0.0, weight_bits=4), make_batch()
+    assert all(state.isfinite().all() for state in model.equilibrium(x))
+
+
+def test_what_was_made_once_does_not_depend_on_the_default_device():
+    model, (x, _) = make_net(4, 0.5, feedback_mismatch=0.2), make_batch()
+    expected = [state.detach() for state in model.equilibrium(x)], model.couplings((16, 16))
+    with torch.device("meta"):
+        found = [state.detach() for state in model.equilibrium(x)], model.couplings((16, 16))
+    assert_close(found, expected)

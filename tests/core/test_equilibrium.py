@@ -1,6 +1,8 @@
 """EP's gradient against autograd through the settling, finite differences and the plain reference."""
 
 import copy
+import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -255,3 +257,42 @@ def test_accumulated_batches_add_up():
     for name in whole:
         if name != "x":
             assert_close(halves[0][name] + halves[1][name], whole[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("update", ["synchronous", "odd-even"])
+@pytest.mark.parametrize("depth", [4, 9])
+def test_a_nudge_that_does_not_come_down_is_told(update, depth):
+    """By the number of sweeps with which it does, in the warning; with one less it does not."""
+    model, (x, y) = make_net(depth, 0.5, feedback=0.3, update=update), make_batch()
+    reached = 2 if update == "odd-even" and depth % 2 else 1  # by the first sweep, whose second half sees its first
+    with pytest.warns(UserWarning, match=f"has not reached the first {depth - reached} of {depth} layers") as told:
+        F.cross_entropy(model(x), y).backward()
+    needed = int(re.search(r"to (\d+) or more", str(told[0].message))[1])
+    for sweeps, reached in ((needed - 1, False), (needed, True)):
+        model.zero_grad()
+        model.nudged_sweeps = sweeps
+        with nullcontext() if reached else pytest.warns(UserWarning, match="has not reached the first"):
+            F.cross_entropy(model(x), y).backward()
+        assert (model.layers[0].weight.grad.norm() > 0) == reached
+
+
+def test_a_backward_pass_that_brings_no_gradient_is_none():
+    """As of DDP, which hands on that an output had none."""
+
+    class Sink(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.set_materialize_grads(False)
+            return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return grads
+
+    model, (x, y) = make_net(4, 0.5), make_batch()
+    outputs = Sink.apply(model(x), model(x + 1))
+    F.cross_entropy(outputs[0], y).backward()
+    ours = [layer.weight.grad for layer in model.layers]
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    assert_close(ours, [layer.weight.grad for layer in model.layers])

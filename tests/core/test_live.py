@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -408,3 +409,20 @@ def test_squared_error_trains_an_output_inside_the_dynamics(tmp_path):
     assert Trainer(output=tmp_path / "one", model_args={"readout": "state"}, **options).run().top1 > 30
     with pytest.raises(ValueError, match=r"smoothing=0\.1 is of cross-entropy"):
         Trainer(output=tmp_path / "other", model_args={"readout": "state"}, smoothing=0.1, train_images=64).run()
+
+
+@pytest.mark.parametrize(("feedback", "drowns"), [(1.0, False), (0.02, True), (0.0, False)])
+def test_a_nudge_that_rounding_would_drown_is_refused(feedback, drowns):
+    """At λ = 0.02 and β = 1e-6 the first of four layers is nudged by 8e-12, less than float32 can say of a state."""
+    beta = 1e-3 if feedback == 1 else 1e-6
+    model = EpVgg(ARCHITECTURES[4], num_classes=5, forces="live", feedback=feedback, beta=beta)
+    x, y = make_batch(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"Live forces would drown: feedback=0\.02") if drowns else nullcontext():
+        model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))[0].backward()
+
+
+def test_parts_of_a_loss_with_dropout_add_up():
+    model = classic(drop_rate=0.5)
+    task = EpTask(model, LocalErrors(model, 0.3), dtype=torch.float64)
+    losses = task(*make_batch())
+    assert_close(losses["output_loss"] + losses["local_error"], losses["loss"].detach())

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
@@ -308,3 +309,53 @@ def test_features_are_the_last_states_at_each_resolution():
 def test_what_is_no_architecture_is_refused(architecture, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("ep_vgg9", architecture=architecture)
+
+
+def test_a_pruned_net_reads_a_lower_state_in_its_own_units():
+    """The read-out of a lower state is as large at the start as that of the last was."""
+    torch.manual_seed(0)
+    model, images = timm.create_model("ep_vgg16_025", preset="strong", num_classes=10), torch.randn(2, 3, 32, 32)
+    before = model(images).abs().max()
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(10, "avg")
+    assert before / 30 < model(images).abs().max() < before * 30
+
+
+def test_pooling_of_two_kinds_widens_the_read_out():
+    model = timm.create_model("ep_vgg5_025", num_classes=3, global_pool="catavgmax")
+    pooled = model.forward_head(model.forward_features(torch.rand(1, 3, 32, 32)), pre_logits=True)
+    assert model.head_hidden_size == pooled.shape[1] == 2 * model.num_features
+
+
+def test_a_read_out_inside_the_dynamics_needs_its_pooling_back():
+    model = timm_ep.EpVgg((4, "M"), num_classes=3, readout="state")
+    model.reset_classifier(0, "")
+    with pytest.raises(ValueError, match="it needs global_pool='avg'"):
+        model.reset_classifier(3)
+    model.reset_classifier(3, "avg")
+    assert model(torch.rand(1, 3, 8, 8)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("feature_cls", ["hook", "fx", "list"])
+def test_features_come_from_states_alone(feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls='{feature_cls}' would take features from modules"):
+        timm.create_model("ep_vgg5_025", features_only=True, feature_cls=feature_cls)
+
+
+def test_a_twin_has_no_feedback_to_measure():
+    model, images = timm_ep.EpVgg((4, "M", 4, "M"), num_classes=3, gradient="backprop"), torch.rand(2, 3, 8, 8)
+    assert model.feedback_shares(images) == [0.0, 0.0]
+    assert model.free_residual(images) == []
+
+
+def test_float16_is_refused_where_states_are_too_small_for_it():
+    images = torch.rand(2, 3, 32, 32)
+    for model, autocast in (
+        (timm.create_model("ep_vgg9_025", preset="strong", products="float16"), nullcontext()),
+        (timm.create_model("ep_vgg9_025", preset="strong"), torch.autocast("cpu", torch.float16)),
+    ):
+        with autocast, pytest.raises(TypeError, match=r"states of this net fall to 4e-07 .* Use bfloat16"):
+            model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        timm.create_model("ep_vgg9_025", preset="strong")(images)
+    timm.create_model("ep_vgg9_025", products="float16")(images)

@@ -173,3 +173,19 @@ def test_the_command_makes_a_start_that_training_takes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", str(tmp_path / "vgg"), str(start), "--img-size=32"])
     assert "exists already" in capsys.readouterr().err
+
+
+def test_biases_come_over_into_the_units_of_the_net():
+    torch.manual_seed(0)
+    source = timm.create_model("vgg11", num_classes=3)
+    with torch.no_grad():
+        for module in source.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.bias.uniform_(0.1, 0.2)
+    model = timm.create_model("ep_vgg11", num_classes=3, preset="strong", pool="max", center_kernels=False)
+    convert(source, model)
+    theirs = [module for module in source.features if isinstance(module, torch.nn.Conv2d)]
+    for layer, convolution in zip(model.layers, theirs, strict=True):
+        kernel, bias = layer()
+        torch.testing.assert_close(kernel, convolution.weight)
+        torch.testing.assert_close(bias, convolution.bias)

@@ -79,11 +79,11 @@ def matrices_allowed() -> bool:
 def convolutions_only() -> Iterator[None]:
     """Every product as a convolution, for those who count them."""
     global _matrix_products
-    _matrix_products = False
+    before, _matrix_products = _matrix_products, False
     try:
         yield
     finally:
-        _matrix_products = True
+        _matrix_products = before
 
 
 def _takes_patches(operand: Tensor, kernel: Tensor, elements: int, positions: int) -> bool:

@@ -44,7 +44,7 @@ def coupling_norms(net: Net, size: tuple[int, int], feedback: float, iterations:
     norms = []
     for layer, coupling in enumerate(net.couplings):
         kernel, generator = net.kernels[layer], torch.Generator().manual_seed(layer)
-        below = torch.randn(1, kernel.shape[1], *size, generator=generator).to(kernel)
+        below = torch.randn(1, kernel.shape[1], *size, generator=generator, device="cpu").to(kernel)
         norm = torch.zeros((), device=kernel.device)
         for _ in range(iterations):
             above = coupling.convolve(below / torch.linalg.vector_norm(below).clamp_min(1e-30), kernel)

@@ -46,7 +46,8 @@ _MISMATCH = 1_000_000  # places of weights, beyond those of neurons
 
 def _fixed(shape: Sequence[int], place: int) -> Tensor:
     """Standard normal numbers that belong to a place of the device: it was made once."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(place)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def rounded(values: Tensor, bits: int, stochastic: bool, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -58,27 +59,31 @@ def rounded(values: Tensor, bits: int, stochastic: bool, low: float | Tensor, hi
     return whole.clamp(0, steps) / steps * (high - low) + low
 
 
-def as_built(net: Net, settings: Settings) -> tuple[Net, Net]:
-    """The net whose weights have been written to the device, and the net of its feedback weights."""
-    kernels = net.kernels
-    if settings.weight_bits:
-        ranges = [kernel.abs().amax() for kernel in kernels]
-        kernels = tuple(
-            rounded(kernel, settings.weight_bits, settings.rounding == "stochastic", -top, top)
-            for kernel, top in zip(kernels, ranges, strict=True)
-        )
-    built = net._replace(kernels=kernels)
+def as_built(net: Net, settings: Settings) -> Net:
+    """The net whose weights have been written to the device: once, for both phases."""
+    if not settings.weight_bits:
+        return net
+    ranges = [kernel.abs().amax().clamp_min(torch.finfo(kernel.dtype).tiny) for kernel in net.kernels]
+    kernels = (
+        rounded(kernel, settings.weight_bits, settings.rounding == "stochastic", -top, top)
+        for kernel, top in zip(net.kernels, ranges, strict=True)
+    )
+    return net._replace(kernels=tuple(kernels))
+
+
+def _feedback_net(built: Net, settings: Settings) -> Net:
+    """The net of the device's feedback weights."""
     if not settings.feedback_mismatch:
-        return built, built
+        return built
     back = []
-    for layer, kernel in enumerate(kernels):
+    for layer, kernel in enumerate(built.kernels):
         spread = _fixed(kernel.shape, _MISMATCH + layer).to(kernel)
         back.append(kernel * (1 + settings.feedback_mismatch * spread))
-    return built, built._replace(kernels=tuple(back))
+    return built._replace(kernels=tuple(back))
 
 
 def _settle(
-    built: tuple[Net, Net],
+    net: Net,
     x: Tensor,
     states: list[Tensor],
     settings: Settings,
@@ -87,8 +92,7 @@ def _settle(
     forces: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """From `states`, by as many sweeps; `forces` are β λ^(N−l) g_l."""
-    net, back = built
-    noise, top = _Noise(settings), len(states) - 1
+    back, noise, top = _feedback_net(net, settings), _Noise(settings), len(states) - 1
     states = list(states)
     for sweep in schedule(settings.update, len(states), sweeps, started=started):
         for group in sweep:
@@ -123,13 +127,12 @@ def _read(preactivation: Tensor, settings: Settings, noise: _Noise, layer: int) 
 
 
 def device_free_phase(net: Net, x: Tensor, settings: Settings) -> list[Tensor]:
-    """s_1…s_N as they are read after the free phase."""
-    built = as_built(net, settings)
-    states = list(feedforward_pass(built[0], x).states)
+    """s_1…s_N of a net `as_built`, as they are read after the free phase."""
+    states = list(feedforward_pass(net, x).states)
     if settings.start == "zero":
         states = [torch.zeros_like(state) for state in states]
     first = 1 if settings.start == "zero" else 0
-    return _settle(built, x, states, settings, range(first, first + settings.free_sweeps), settings.start != "zero")
+    return _settle(net, x, states, settings, range(first, first + settings.free_sweeps), settings.start != "zero")
 
 
 def device_nudged_phase(
@@ -140,7 +143,7 @@ def device_nudged_phase(
     The nudged phase goes on from the free states, with all that disturbs it; nothing is integrated as a difference.
 
     Args:
-        net: couplings, kernels and biases.
+        net: couplings, kernels and biases, `as_built` for the free phase.
         x: input, (B, in, H, W).
         states: s_1…s_N as they were read after the free phase.
         forces: g_l per layer (None: none), scaled for each sample so that the largest λ^(N−l) |g_l| is 1.
@@ -148,19 +151,18 @@ def device_nudged_phase(
         beta: nudging strength, with sign: the largest push on a pre-activation, in units of the states' range.
     """
     depth = len(states)
-    built = as_built(net, settings)
     pushes = [
         None if force is None else beta * gain * force
         for gain, force in zip(force_gains(settings.feedback, depth), forces, strict=True)
     ]
-    nudged = _settle(built, x, list(states), settings, range(settings.nudged_sweeps), None, pushes)
+    nudged = _settle(net, x, list(states), settings, range(settings.nudged_sweeps), None, pushes)
     scales = coordinate_scales(settings, beta, depth, x.dtype)
     deltas: list[Tensor | None] = [
         (after - before) * scale for after, before, scale in zip(nudged, states, scales, strict=True)
     ]
     drives: list[list[Drive | None]] = [
         [
-            built[0].drive(layer, phase[layer - 1] if layer else x) if coupling.max_pool else None
+            net.drive(layer, phase[layer - 1] if layer else x) if coupling.max_pool else None
             for layer, coupling in enumerate(net.couplings)
         ]
         for phase in (states, nudged)

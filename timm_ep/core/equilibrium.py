@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timm_ep.core.convolution import convolutions_only
-from timm_ep.core.device import device_free_phase, device_nudged_phase
+from timm_ep.core.device import as_built, device_free_phase, device_nudged_phase
 from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
 from timm_ep.core.nudged_phase import (
@@ -31,6 +31,7 @@ from timm_ep.core.nudged_phase import (
     nudged_phase,
     nudging_strengths,
     routed_difference,
+    warn_of_unreached,
 )
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import PHYSICAL, Settings
@@ -129,8 +130,9 @@ class _Equilibrium(torch.autograd.Function):
         ctx.settings, ctx.couplings = settings, couplings
         ctx.set_materialize_grads(False)
         if settings.physical:
+            net = as_built(net, settings)
             states = device_free_phase(net, x, settings)
-            ctx.save_for_backward(x, *params, *states)
+            ctx.save_for_backward(x, *net.kernels, *net.biases, *states)
             return tuple(states)
         free = free_phase(net, x, settings, states_only=not learns)
         # Only max pooling reads the drives of the free phase again, for their winners.
@@ -146,6 +148,8 @@ class _Equilibrium(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         depth = len(ctx.couplings)
+        if all(grad is None for grad in grads):
+            return (None, None, None, *[None] * len(ctx.needs_input_grad[3:]))
         x, *saved = ctx.saved_tensors
         kernels, biases, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(3))
         if ctx.settings.physical:
@@ -206,7 +210,8 @@ def ep_gradient(
         free: the free equilibrium.
         grads: ∂L/∂s_l at the free equilibrium, N tensors or None. Any scale: those of each sample are normalised by
             their largest magnitude. So the result is linear in them, zero gives zero, and a sample's gradient does not
-            depend on the samples beside it: a batch gives the same in parts (ranks, accumulation) as in one.
+            depend on the samples beside it (but for the number of sweeps, where `tol` decides it for the batch): a
+            batch gives the same in parts (ranks, accumulation) as in one.
         settings: see `Settings`.
         needed: whether the gradient is wanted for x, for each kernel, for each bias.
 
@@ -215,7 +220,9 @@ def ep_gradient(
     """
 
     def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
-        return free, nudged_phase(net, free, forces, settings, beta)
+        nudged = nudged_phase(net, free, forces, settings, beta)
+        warn_of_unreached(nudged, forces, settings)
+        return free, nudged
 
     return _estimated(net, x, normalised_forces(grads), settings, needed, phases)
 
@@ -228,7 +235,8 @@ def device_gradient(
     settings: Settings,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As `ep_gradient`, of a device: from its free states as they were read, and a nudged phase of its own."""
+    """As `ep_gradient`, of a device: from its weights as they were written and its free states as they were read, and a
+    nudged phase of its own."""
 
     def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
         return device_nudged_phase(net, x, states, forces, settings, beta)

@@ -224,6 +224,14 @@ def free_phase(
     return phase
 
 
+def free_residuals(net: Net, x: Tensor, settings: Settings) -> Tensor:
+    """‖Δs_l‖/‖s_l‖ of every layer in each free sweep, (sweeps, layers); no sweeps where the net does not settle."""
+    changes: list[Tensor] = []
+    if settings.settles:
+        free_phase(net, x, settings, trace=lambda sweep: changes.append(torch.stack(sweep)))
+    return torch.stack(changes) if changes else x.new_zeros(0, len(net.couplings))
+
+
 def _sweep_copy(net: Net, phase: FreePhase, sweep: Sweep, feedback: float) -> FreePhase:
     """As `_sweep`, of a phase that stays where it is, to settle again from."""
     return _sweep(net, phase.copy(), sweep, feedback)

@@ -45,16 +45,16 @@ def live_loss(
         net: couplings, kernels and biases.
         x: input, (B, in, H, W).
         settings: see `Settings`.
-        loss: called with the states of every nudged step, which carry a gradient; within one call of `live_loss` it
-            sees the same random numbers each time (dropout), as F is to be one function. As a mean over the batch it
-            makes β the strength per sample, whatever the batch.
+        loss: called with the free states, then with those of every nudged step, which carry a gradient; within one call
+            of `live_loss` it sees the same random numbers each time (dropout), as F is to be one function. As a mean
+            over the batch it makes β the strength per sample, whatever the batch.
         parameters: of the loss, each once; whatever else it depends on gets no gradient.
 
     Returns:
         The loss, a scalar, and the free states s_1…s_N, which carry no gradient.
 
     Raises:
-        ValueError: the loss is no scalar, or depends on no state.
+        ValueError: the loss is no scalar, or depends on no state; or the nudge would drown in rounding.
     """
     settled_net, settled_x = prepared(net, x)
     inputs = (settled_x, *settled_net.kernels, *settled_net.biases, *parameters)
@@ -65,8 +65,23 @@ def live_loss(
         value = objective(free.states)
         gradients: list[Tensor | None] = [None] * len(inputs)
         if any(needed):
+            _check_strength(settings, len(free.states), settled_x.dtype)
             gradients = _live_gradient(settled_net, settled_x, free, objective, list(parameters), settings, needed)
     return _Known.apply(value, gradients, *inputs), tuple(free.states)
+
+
+def _check_strength(settings: Settings, depth: int, dtype: torch.dtype) -> None:
+    """The nudge of the first layer against the rounding of its state, which live forces integrate with it.
+
+    At λ = 0 nothing is left to integrate: the states are those of a single pass.
+    """
+    nudge = abs(settings.beta) * settings.feedback ** (depth - 1)
+    if settings.feedback and nudge < 10 * torch.finfo(dtype).eps:
+        raise ValueError(
+            f"Live forces would drown: feedback={settings.feedback:g} and beta={settings.beta:g} nudge the first of "
+            f"{depth} layers by {nudge:.1g}, and rounding alone moves its state by {torch.finfo(dtype).eps:.1g}. Use "
+            "forces='frozen', which loses nothing by it, or feedback near 1 and a larger beta (preset='classic')."
+        )
 
 
 class _Known(torch.autograd.Function):

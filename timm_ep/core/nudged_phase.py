@@ -7,6 +7,7 @@ underflows.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -120,6 +121,20 @@ def nudged_phase(
             if judges and torch.stack(changes).max() < settings.tol:
                 break
     return phase
+
+
+def warn_of_unreached(phase: NudgedPhase, forces: Sequence[Tensor | None], settings: Settings) -> None:
+    """Layers below all forces that the nudge has not reached get no gradient, which is not to happen in silence."""
+    lowest = next((layer for layer, force in enumerate(forces) if force is not None), 0)
+    missed = sum(delta is None for delta in phase.deltas[:lowest])
+    if missed:
+        needed = lowest + 1 if settings.update == "synchronous" else (lowest + 1) // 2 + 1
+        warnings.warn(
+            f"The nudge has not reached the first {missed} of {len(phase.deltas)} layers: their gradient is 0. With "
+            f"update={settings.update!r} it moves by a layer or two a sweep; raise nudged_sweeps="
+            f"{settings.nudged_sweeps} to {needed} or more, or nudge every layer by an error signal.",
+            stacklevel=2,
+        )
 
 
 def nudged_states(free: FreePhase, phase: NudgedPhase, scales: Sequence[float]) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """The settings of a net: how it settles and how its gradient is taken; and the presets, sets of defaults."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["PHYSICAL", "PRESETS", "SETTING_NAMES", "Settings"]
+__all__ = ["PHYSICAL", "PRESETS", "SETTING_NAMES", "HasSettings", "Settings"]
 
 
 # What makes a device of a net: off at 0.
@@ -29,7 +29,9 @@ class Settings:
             account for feedback to first order in λ, and every further pair for one order more. Six give every layer of
             the registered nets a gradient cosine of 0.99 to the exact one. Accuracy changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
-            layer to the first, two more (up, then down) add the first order in λ.
+            layer to the first, two more (up, then down) add the first order in λ. In the other orders of `update` a
+            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; that it has not come down to the first
+            is a warning.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
             be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
@@ -48,9 +50,9 @@ class Settings:
             one ended (settled or not), and an absolute β: the energy is E + β Σ L over the batch's samples. That needs
             the loss as a function: `EpVgg.live_loss`, which `timm_ep.signals.task.EpTask` and the trainer take by
             themselves. `loss.backward()` on `model(x)` or `model.equilibrium(x)` works with live forces too, but cannot
-            recompute them: it takes them as frozen, and β as relative (winners still move). In float32, live forces
-            need λ near 1: they integrate what the free phase left unsettled, of which 1e-7 is rounding, against a nudge
-            of β λ^(N−l).
+            recompute them: it takes them as frozen, and β as relative (winners still move). Live forces need λ near
+            1: they integrate what the free phase left unsettled, in float32 at least 1e-7 of rounding, against a nudge
+            of β λ^(N−l); one that rounding would drown is refused.
         update: `sweep`: layer after layer, each from its newest neighbours, the direction alternating. `odd-even`: two
             halves. `synchronous`: all at once, the literature's.
         start: `feedforward`: from the pass without feedback, which is already near the equilibrium when λ is small.
@@ -62,10 +64,12 @@ class Settings:
             so does nearly all of the accuracy, from the feedforward start; the products take a third to a half of the
             time where the device has units for it. `full`: all in the dtype of the kernels. Autocast instead takes
             states and all into the short dtype. For EP with frozen forces: `bptt` and `backprop` compute in full.
+            No net at λ = 1 has states large enough for float16, whose numbers end at 6e-8.
         gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
             the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
             `local`: the same twin, each layer by the losses on its own state alone: what intermediate error signals do
-            without any credit from above (Nøkland & Eidnes, arXiv:1901.06656), to tell what EP adds to them.
+            without any credit from above (Nøkland & Eidnes, arXiv:1901.06656), to tell what EP adds to them. All but
+            `ep` are those of the ideal net, whatever device follows.
         state_noise: standard deviation of what is added to a state at every update, in units of its range. This and
             all that follows make a physical device of the net (`timm_ep.core.device`): the two phases settle
             independently and their states are subtracted, with β the largest push on a pre-activation (of the last
@@ -168,6 +172,27 @@ class Settings:
 
 
 SETTING_NAMES = tuple(option.name for option in fields(Settings))
+
+
+class HasSettings:
+    """Whoever has `settings`, with each of their fields as an attribute of its own that can be changed."""
+
+    settings: Settings
+
+
+def _setting(name: str) -> property:
+    def get(owner: HasSettings) -> Any:
+        return getattr(owner.settings, name)
+
+    def set_(owner: HasSettings, value: Any) -> None:
+        owner.settings = replace(owner.settings, **{name: value})
+
+    return property(get, set_, doc=f"`{name}` of `Settings`.")
+
+
+for _name in SETTING_NAMES:
+    setattr(HasSettings, _name, _setting(_name))
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},  # the defaults

@@ -1,7 +1,6 @@
 """Convolutional recurrent nets that settle: the parameters of their couplings, and the model that timm sees."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.energy import Coupling, Net, fold_average_pool
 from timm_ep.core.equilibrium import equilibrium, no_autocast, prepared
-from timm_ep.core.free_phase import free_phase
+from timm_ep.core.free_phase import free_phase, free_residuals
 from timm_ep.core.live import LossOfStates, live_loss
 from timm_ep.core.recording import recording
-from timm_ep.core.settings import SETTING_NAMES, Settings
+from timm_ep.core.settings import SETTING_NAMES, HasSettings, Settings
 from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.images import check_images
 from timm_ep.models.layers import EpConv2d
@@ -30,18 +29,8 @@ register_notrace_function(equilibrium)
 register_notrace_function(fold_average_pool)
 
 
-def _setting(name: str) -> property:
-    def get(model: "EpVgg") -> Any:
-        return getattr(model.settings, name)
-
-    def set_(model: "EpVgg", value: Any) -> None:
-        model.settings = replace(model.settings, **{name: value})
-
-    return property(get, set_, doc=f"`{name}` of `timm_ep.core.settings.Settings`.")
-
-
 @register_notrace_module
-class EpVgg(nn.Module):
+class EpVgg(HasSettings, nn.Module):
     """A VGG whose layer states settle to the equilibrium of an energy, trained by Equilibrium Propagation.
 
     `loss.backward()` runs EP for any loss on the logits, the features or the states; with `forces="live"`, as in the
@@ -151,10 +140,11 @@ class EpVgg(nn.Module):
                 layer.gain.requires_grad_(learn_gain)
             layers.append(layer)
         self.layers = nn.ModuleList(layers)
-        self.num_features = self.head_hidden_size = convolutions[-1].channels
+        self.num_features = convolutions[-1].channels
         self._top = depth - 1  # layer whose state is the features
         # Last, because adaptive gradient clipping leaves out the last two parameters.
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self.head_hidden_size = self.head.num_features
         self._center_output()
 
     @torch.jit.ignore
@@ -177,7 +167,8 @@ class EpVgg(nn.Module):
 
         A read-out inside the dynamics goes with its feedback: without it, the states settle a little elsewhere.
         """
-        self._check_readout(global_pool if num_classes and global_pool is not None else "avg", self.drop_rate)
+        kept = self.head.global_pool.pool_type
+        self._check_readout((kept if global_pool is None else global_pool) if num_classes else "avg", self.drop_rate)
         self.num_classes = num_classes
         like = self.layers[0].weight
         self.head.reset(num_classes, global_pool, in_features=self.num_features, device=like.device, dtype=like.dtype)
@@ -295,19 +286,22 @@ class EpVgg(nn.Module):
         )
 
     @torch.no_grad()
-    def free_residual(self, x: Tensor) -> list[float]:
-        """‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers: how well the net settles on these images."""
+    def layer_residuals(self, x: Tensor) -> Tensor:
+        """‖Δs_l‖/‖s_l‖ of every layer in each free sweep, (sweeps, layers); no sweeps where the net does not settle."""
         check_images(self, x)
-        changes: list[float] = []
-        net = self._net_for(x)
-        free_phase(net, x, self.settings, trace=lambda sweep: changes.append(float(torch.stack(sweep).max())))
-        return changes
+        return free_residuals(self._net_for(x), x, self.settings)
+
+    def free_residual(self, x: Tensor) -> list[float]:
+        """The largest of `layer_residuals` in each free sweep: how well the net settles on these images."""
+        return self.layer_residuals(x).amax(1).tolist()
 
     @torch.no_grad()
     def feedback_shares(self, x: Tensor) -> list[float]:
         """‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer: how far feedback moves the states from the feedforward pass."""
         check_images(self, x)
         net, x = prepared(self._net_for(x), x)
+        if not self.settings.settles:
+            return [0.0] * len(net.couplings)
         with no_autocast(x.device.type):
             return feedback_shares(net, x, free_phase(net, x, self.settings, states_only=True).states)
 
@@ -322,9 +316,12 @@ class EpVgg(nn.Module):
         the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
         """
         layers: Any = self.layers
-        for layer, coupling in zip(layers[1:], self.couplings(size)[1 : len(layers)], strict=True):
+        scale = [layer.scale_kernel for layer in layers]
+        if self._output_settles:
+            scale.append(self.head.fc.weight.detach().mul_)
+        for scale_kernel, coupling in list(zip(scale, self.couplings(size), strict=True))[1:]:
             if coupling > limit:
-                layer.scale_kernel(limit / coupling)
+                scale_kernel(limit / coupling)
 
     def forward_intermediates(
         self,
@@ -374,12 +371,12 @@ class EpVgg(nn.Module):
         return self.equilibrium(x)[self._top]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) from the last convolution's state; the pooled state itself with `pre_logits`.
+        """Logits (B, num_classes) from the last convolution's state; with `pre_logits` the pooled state, over its unit.
 
         With `readout="state"` the value at which the output comes to rest above that state.
         """
         if self.unit != 1:
-            x = x / self.unit ** len(self.layers)
+            x = x / self.unit ** (self._top + 1)
         if pre_logits:
             return self.head(x, pre_logits=True)
         return self.head(x).clamp(0, 1) if self._output_settles else self.head(x)
@@ -392,7 +389,3 @@ class EpVgg(nn.Module):
         """Logits (B, num_classes); with `readout="state"` the output state, in [0, 1]."""
         output = self.output(self.equilibrium(x))
         return output.detach() if recording() else output  # a loss on what is exported has no gradient at all
-
-
-for _name in SETTING_NAMES:
-    setattr(EpVgg, _name, _setting(_name))

@@ -184,6 +184,11 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> EpVgg:
         if pretrained:
             _check_weights(variant, kwargs)
+        if (feature_cls := kwargs.get("feature_cls", "getter")) != "getter":
+            raise ValueError(
+                f"feature_cls={feature_cls!r} would take features from modules, and those of an ep_vgg* give kernels; "
+                "leave it out: features_only=True gives the states."
+            )
         # timm's scripts give the whole configuration where its factory gives the tag.
         tag = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).tag
         released = _RELEASES.get(f"{variant}.{tag}")

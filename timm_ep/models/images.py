@@ -16,7 +16,8 @@ def check_images(model: Any, x: Tensor) -> None:
 
     Raises:
         NotImplementedError: EP under a transform of torch.func.
-        TypeError: not floating point, or of another dtype than the model's, without autocast.
+        TypeError: not floating point, or of another dtype than the model's, without autocast; or float16, whose range
+            is too short, for a net whose states fall from layer to layer.
         ValueError: wrong rank or channels, an empty batch, an image too small for the poolings, pixels that are not
             finite (on the CPU only, as it would make another device wait), or an export in training mode.
     """
@@ -32,13 +33,20 @@ def check_images(model: Any, x: Tensor) -> None:
         raise NotImplementedError(
             "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
             "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
-            "sample's EP gradient does not depend on those beside it; or gradient='bptt', the exact one."
+            "sample's EP gradient does not depend on those beside it (with tol=0); or gradient='bptt', the exact one."
         )
     if not x.is_floating_point():
         raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
-    dtype = model.layers[0].weight.dtype
-    if x.dtype != dtype and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+    dtype, casts = model.layers[0].weight.dtype, x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != dtype and not casts:
         raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
+    computed = torch.get_autocast_dtype(x.device.type) if casts else dtype
+    short = model.settings.gradient == "ep" and model.settings.products == "float16"
+    if model.unit < 1 and (computed == torch.float16 or short):
+        raise TypeError(
+            f"float16 ends at 6e-8, and the states of this net fall to {model.unit ** len(model.layers):.0e} (unit="
+            f"{model.unit:.2g}): nothing would be left of them. Use bfloat16, as autocast's dtype or in products."
+        )
     if x.dim() != 4 or x.shape[1] != model.in_chans:
         raise ValueError(
             f"The images have shape {tuple(x.shape)}; expected (batch, {model.in_chans}, height, width). "

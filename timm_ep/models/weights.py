@@ -1,5 +1,7 @@
 """Weights on timm's way into a model: checked, and fitted to it."""
 
+from typing import Any
+
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor
@@ -16,7 +18,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
 
     timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
     random. Shapes are compared by timm itself, which then fits the first convolution to images of other channels. As
-    its kernel is normalised anew over these, its gain is fitted here: a grey image drives the layer as before.
+    its kernel is normalised anew over these, its gain is fitted here, to the size of the kernel that timm made.
 
     Raises:
         ValueError: layers that are missing or not of this model, values that are NaN or infinite, or kernels of a
@@ -29,7 +31,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
                 "the model with center_kernels=False and normalised kernels (as timm-ep convert does)."
             )
         own = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
-        state_dict = {**from_feedforward(state_dict, model.pooled), **own}
+        converted = from_feedforward(state_dict, model.pooled)
+        layers: Any = model.layers
+        for number, layer in enumerate(layers):
+            converted[f"layers.{number}.bias"] = converted[f"layers.{number}.bias"] / layer.unit
+        state_dict = {**converted, **own}
     found, expected = (
         {name for name in names if not name.startswith("head.")} for names in (state_dict, model.state_dict())
     )

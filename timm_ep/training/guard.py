@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ep.core.free_phase import free_phase
 from timm_ep.models import EpVgg
 from timm_ep.training.options import TrainingOptions
 
@@ -14,20 +13,11 @@ __all__ = ["Guard", "broken_weights", "layer_residuals"]
 _IMAGES = 8  # of a batch, on which the residual is measured
 
 
-@torch.no_grad()
 def layer_residuals(model: nn.Module, images: Tensor) -> Tensor:
-    """‖Δs_l‖/‖s_l‖ of every layer in every free sweep, (sweeps, layers); empty for a model that does not settle."""
-    changes: list[Tensor] = []
-    if isinstance(model, EpVgg) and model.settings.settles:
-        weight = model.get_parameter("layers.0.weight")
-        images = images[:_IMAGES].to(weight.dtype)
-        free_phase(
-            model.net((images.shape[-2], images.shape[-1])),
-            images,
-            model.settings,
-            trace=lambda sweep: changes.append(torch.stack(sweep)),
-        )
-    return torch.stack(changes) if changes else torch.zeros(0, 0)
+    """`EpVgg.layer_residuals` on some of the images; empty for a model without states."""
+    if not isinstance(model, EpVgg):
+        return torch.zeros(0, 0)
+    return model.layer_residuals(images[:_IMAGES].to(model.get_parameter("layers.0.weight").dtype))
 
 
 def broken_weights(model: nn.Module) -> list[str]:
