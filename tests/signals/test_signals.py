@@ -232,3 +232,10 @@ MODEL = make_net(4)
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_loss_of_an_output_state_is_the_squared_error():
+    model, (x, y) = make_net(4, 0.5, readout="state"), make_batch()
+    output = model(x)
+    expected = 0.5 * (output - F.one_hot(y, 5)).square().sum(1).mean()
+    assert_close(EpTask(model, dtype=torch.float64)(x, y)["loss"], expected)

@@ -90,3 +90,10 @@ def test_frozen_layers_have_no_gradient():
     rows = diagnose(task, x, y).layers
     assert rows[1].weight_gradient == rows[1].bias_gradient == 0
     assert rows[0].weight_gradient > 0
+
+
+def test_a_layer_that_no_loss_reaches_has_no_gradient():
+    """With `gradient="local"`, one without a signal."""
+    model, (x, y) = make_net(4, 0.2, gradient="local"), make_batch()
+    rows = diagnose(EpTask(model, LocalErrors(model, 0.3, layers=[2])), x, y).layers
+    assert [row.weight_gradient > 0 for row in rows] == [False, True, False, True]

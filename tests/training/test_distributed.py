@@ -51,12 +51,14 @@ def codes(ranks):
     return [process.exitcode for process in ranks]
 
 
-def gradients(path=None, count=1, weight=0.3):
+def gradients(path=None, count=1, weight=0.3, gradient="ep"):
     """Gradients of net and local errors on this process's share of 16 images, in `count` accumulated batches."""
     with join_world("cpu") as world:
-        model, (images, labels) = make_net(4, 0.5, feedback=0.5, beta=0.1, nudged_sweeps=3), make_batch(batch=16)
+        settings = {"feedback": 0.5, "beta": 0.1, "nudged_sweeps": 3, "gradient": gradient}
+        model, (images, labels) = make_net(4, 0.5, **settings), make_batch(batch=16)
         torch.manual_seed(3)
-        task = EpTask(model, LocalErrors(model, weight))
+        layers = [3, 4] if gradient == "local" else None
+        task = EpTask(model, LocalErrors(model, weight, layers=layers))
         if world.size > 1:
             task.prepare_distributed()
         mine = slice(world.rank, None, world.size)
@@ -89,6 +91,13 @@ def test_classifiers_without_a_weight_do_not_hold_up_the_others(tmp_path):
     theirs, ours = torch.load(tmp_path / "grads.pt"), gradients(count=2, weight=weight)
     without = {f"local_error.classifiers.{index}.{name}" for index in (1, 3) for name in ("weight", "bias")}
     assert {name for name, grad in ours.items() if grad is None} == without
+    assert_close(theirs, ours, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_that_nothing_teaches_do_not_hold_up_the_others_either(tmp_path):
+    assert codes(start(gradients, tmp_path / "grads.pt", gradient="local")) == [0, 0]
+    theirs, ours = torch.load(tmp_path / "grads.pt"), gradients(gradient="local")
+    assert ours["layers.0.weight"] is None
     assert_close(theirs, ours, rtol=1e-10, atol=1e-12)
 
 

@@ -5,6 +5,7 @@ layer's own state reaches that layer at full strength. All losses of a step are 
 
     L = L_out(s_N) + Σ_l α_l L_l(s_l),        force on layer l: −β λ^(N−l) (∂L_out/∂s_l + α_l ∂L_l/∂s_l).
 
-A signal's own parameters (classifiers, projections) only ever see their layer's state at the free equilibrium, so their
-gradient is local, and exact. They belong to training and are no part of the model.
+A signal's own parameters (classifiers, projections) only ever see their layer's state, at the free equilibrium (with
+live forces at the nudged states), so their gradient is local, and exact. They belong to training and are no part of the
+model.
 """

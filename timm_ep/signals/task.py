@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from timm_ep.models import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
+from timm_ep.signals.losses import readout_criterion
 from timm_ep.signals.teachers import Teacher, TeacherEnsemble, TeacherOutput
 
 __all__ = ["EpTask"]
@@ -45,11 +46,16 @@ class _Objective(nn.Module):
 
     def _live_losses(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         """As `forward`; the loss and its parts are those at the free equilibrium, its gradient is that of live EP."""
-        loss, states = self.model.live_loss(
-            images, lambda states: self.losses(states, target, taught)["loss"], self.signals.parameters()
-        )
-        with torch.no_grad():
-            return {**self.losses(states, target, taught), "loss": loss}
+        free: dict[str, Tensor] = {}
+
+        def objective(states: Sequence[Tensor]) -> Tensor:
+            losses = self.losses(states, target, taught)
+            if not free:  # first it is called with the free states
+                free.update(losses)
+            return losses["loss"]
+
+        loss, _ = self.model.live_loss(images, objective, self.signals.parameters())
+        return {**free, "loss": loss}
 
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)
@@ -83,7 +89,8 @@ class EpTask(ClassificationTask):
         distill_features: the teacher's features as targets of the states.
         distill_logits: the teacher's logits.
         teacher: for distillation.
-        **kwargs: of timm's `ClassificationTask`, such as `criterion_kwargs={"smoothing": 0.1}` and `device`.
+        **kwargs: of timm's `ClassificationTask`, such as `criterion_kwargs={"smoothing": 0.1}` and `device`. The
+            default criterion is `readout_criterion`: with `readout="state"` the squared error.
 
     Raises:
         ValueError: distillation without a teacher.
@@ -98,6 +105,8 @@ class EpTask(ClassificationTask):
         teacher: Teacher | TeacherEnsemble | None = None,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("criterion") is None:
+            kwargs["criterion"] = readout_criterion(model, **(kwargs.pop("criterion_kwargs", None) or {}))
         super().__init__(model, **{"verbose": False, **kwargs})
         named = {
             "local_error": local_errors,
@@ -147,8 +156,10 @@ class EpTask(ClassificationTask):
             self.trainable_module_ema.update(self.model, step=step)
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "EpTask":
-        """As timm's; DDP is told to expect parameters without a gradient where a signal rests (see `rests`)."""
-        rests = any(signal.rests for signal in self.signals.values())
+        """As timm's; DDP is told to expect parameters without a gradient where a signal rests (see `rests`), or where
+        layers learn by signals alone (`gradient="local"`), which need not be on every one."""
+        alone = isinstance(self.model, EpVgg) and self.model.gradient == "local"
+        rests = alone or any(signal.rests for signal in self.signals.values())
         super().prepare_distributed(device_ids, **{"find_unused_parameters": rests, **ddp_kwargs})
         return self
 

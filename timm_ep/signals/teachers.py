@@ -19,7 +19,11 @@ _CACHE_LIMIT = 8 * 2**30  # bytes
 
 
 class TeacherOutput(NamedTuple):
-    """Feature maps, (B, C, H, W) each, from the finest, and logits (B, classes)."""
+    """Feature maps, (B, C, H, W) each, from the finest, and logits (B, classes).
+
+    Features are in units of the largest of each image and map: targets are normalised in any case, and the states of a
+    net at λ = 1, which fall to 1e-10, would be nothing in half precision.
+    """
 
     features: tuple[Tensor, ...]
     logits: Tensor
@@ -90,7 +94,13 @@ class Teacher(nn.Module):
         if not self.channels:
             return TeacherOutput((), model(images))
         last, features = model.forward_intermediates(images)
-        return TeacherOutput(tuple(features), model.forward_head(last))
+        return TeacherOutput(tuple(map(_in_own_units, features)), model.forward_head(last))
+
+
+def _in_own_units(feature: Tensor) -> Tensor:
+    """A feature map, (B, C, H, W), over its largest magnitude in each image."""
+    largest = feature.abs().amax((1, 2, 3), keepdim=True)
+    return feature / largest.clamp_min(torch.finfo(feature.dtype).tiny)
 
 
 class TeacherEnsemble(nn.Module):
@@ -221,12 +231,12 @@ def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Ma
             f"{path} is not a file of weights alone, and nothing else is ever unpickled: {error}"
         ) from error
     # Created with the classes of the weights: otherwise timm would replace the head by a random one.
-    classifier = timm.get_pretrained_cfg(name, allow_unregistered=False).classifier
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    classifier, first_conv = map(_first, (cfg.classifier, cfg.first_conv))
     weight = state.get(f"{classifier}.weight")
     if weight is None:
         raise ValueError(f"{path} holds no {classifier}.weight: it has no head, or is not of {name}.")
-    cfg = timm.get_pretrained_cfg(name)
-    stem = state.get(f"{cfg.first_conv}.weight")
+    stem = state.get(f"{first_conv}.weight")
     shape: dict[str, Any] = {} if stem is None else {"in_chans": stem.shape[1]}
     if img_size and cfg.fixed_input_size:
         shape["img_size"] = img_size
@@ -237,6 +247,11 @@ def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Ma
         hint = " If it was trained on images of another size, give that (img_size)." if cfg.fixed_input_size else ""
         raise ValueError(f"{path} does not hold the weights of {name}: {error}{hint}") from error
     return model
+
+
+def _first(names: str | Sequence[str] | None) -> str | None:
+    """timm names several where a model has several, such as the two heads of a distilled one."""
+    return names if names is None or isinstance(names, str) else names[0]
 
 
 def _title(source: str | Path | nn.Module) -> str:

@@ -137,7 +137,8 @@ def _gradient_norms(model: EpVgg, loss: Tensor) -> list[dict[str, float]]:
     """‖dL/dp‖ of the parameters of each layer; 0 where p is frozen."""
     params = [dict(layer.named_parameters()) for layer in model.layers.children()]
     trained = [param for layer in params for param in layer.values() if param.requires_grad]
-    grads = iter(torch.autograd.grad(loss, trained) if trained else ())
+    # With gradient="local" a layer without a signal has none.
+    grads = iter(torch.autograd.grad(loss, trained, materialize_grads=True) if trained else ())
     return [
         {f"{name}_gradient": float(next(grads).norm()) if param.requires_grad else 0.0 for name, param in layer.items()}
         for layer in params
