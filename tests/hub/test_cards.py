@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,7 @@ from runs import SETTINGS, changed_config, make_facts, make_run
 from timm_ep import Settings, cli
 from timm_ep.hub.cards import Card, RunFacts, folder_card
 from timm_ep.hub.export import prepare
-from timm_ep.hub.redaction import redacted
+from timm_ep.hub.redaction import redacted, without_folders
 from timm_ep.training.evaluate import Validate
 
 ROOT = Path(__file__).parents[2]
@@ -322,3 +323,48 @@ def test_without_the_import_timm_says_what_the_card_explains(tmp_path):
     code = f"import timm; timm.create_model('local-dir:{make_run(tmp_path / 'run')}')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "RuntimeError: Unknown model (ep_vgg5_025)" in done.stderr
+
+
+def test_folders_of_a_machine_are_not_published(tmp_path):
+    command = (
+        "timm-ep train --output=/home/al/secret/run '--data-dir=/home/al/two words/scans' --initial-checkpoint=runs/a "
+        """'--teacher=["/mnt/t/one", "hf-hub:al/two", "local-dir:/mnt/t/three"]' --dataset=torch/cifar10 """
+        '\'--distill-args={"file": "~/x/y.pt"}\' --origin=https://host/a/b --at=/data ../up/c'
+    )
+    assert shlex.split(without_folders(command)) == [
+        "timm-ep",
+        "train",
+        "--output=run",
+        "--data-dir=scans",
+        "--initial-checkpoint=runs/a",
+        '--teacher=["one", "hf-hub:al/two", "local-dir:three"]',
+        "--dataset=torch/cifar10",
+        '--distill-args={"file": "y.pt"}',
+        "--origin=https://host/a/b",
+        "--at=/data",
+        "../up/c",
+    ]
+    run = make_run(tmp_path / "run", command=command, teacher="/mnt/t/one", started_from="/home/al/secret/start")
+    prepare(run, tmp_path / "folder", "alice/ep_vgg5_025.insects")
+    facts = RunFacts.load(tmp_path / "folder" / "results.json")
+    assert (facts.command, facts.teacher, facts.started_from) == (without_folders(command), "one", "start")
+    for text in (tmp_path / "folder" / "README.md", tmp_path / "folder" / "results.json"):
+        assert not re.search("secret|/mnt|two words", text.read_text())
+
+
+def test_the_card_of_what_is_published_keeps_its_name(folder):
+    before = (folder / "README.md").read_text()
+    Card(folder, check=True).run()
+    Card(folder).run()
+    assert (folder / "README.md").read_text() == before
+
+
+def test_limits_are_those_of_the_net(tmp_path):
+    """At λ = 1 nothing is said of weak feedback, and where sweeps end by themselves nothing of a fixed number."""
+    texts = []
+    for settings in ({"feedback": 0.02, "tol": 0.0}, {"feedback": 1.0, "tol": 0.02}):
+        run = make_run(tmp_path / str(settings["tol"]), settings={**make_facts().settings, **settings})
+        texts.append(folder_card(run, "x", "hf-hub:alice/x"))
+    for text, weak in zip(texts, (True, False), strict=True):
+        assert ("A low feedback gain" in text) == ("after a fixed number of sweeps" in text) == weak
+        assert ("after at most so many sweeps" in text) != weak

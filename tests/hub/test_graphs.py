@@ -1,5 +1,6 @@
 """`timm-ep export`: files that answer as the model does, without this package."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from runs import make_run
+from runs import changed_config, make_run
 from timm_ep import cli
 from timm_ep.hub import graphs
 from timm_ep.hub.graphs import export_onnx
@@ -88,3 +89,28 @@ def test_onnx_of_short_products_is_refused(tmp_path):
     with pytest.raises(ValueError, match="products='bfloat16': onnxruntime has no transposed convolution"):
         export_onnx(model, torch.rand(2, 3, 32, 32), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_net_of_short_products_that_settles_until_it_rests(tmp_path):
+    """It is written in full precision and with the number of sweeps that is given."""
+    run = make_run(tmp_path / "run")
+    args = json.loads((run / "config.json").read_text())["model_args"]
+    args |= {"products": "bfloat16", "tol": 0.01, "nudging": "one-sided"}
+    (run / "config.json").write_bytes(changed_config(run, model_args=args))
+    with pytest.raises(ValueError, match=r"tol=0\.01 stops the sweeps"):
+        graphs.Export(str(run), "pt2", tmp_path / "x.pt2").run()
+    path = graphs.Export(str(run), "pt2", tmp_path / "x.pt2", sweeps=3).run()
+    model = timm.create_model(f"local-dir:{run}", pretrained=True, products="full", tol=0, free_sweeps=3).eval()
+    images = torch.randn(5, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert_close(torch.export.load(path).module()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_what_comes_out_otherwise_is_not_written(tmp_path, monkeypatch):
+    run, file = make_run(tmp_path / "run"), tmp_path / "x.pt2"
+    file.write_text("an earlier export")
+    monkeypatch.setattr(graphs, "export_program", lambda *_: lambda images: torch.full((len(images), 4), 9.0))
+    with pytest.raises(ValueError, match=r"gives other logits, by up to .*; nothing is written"):
+        graphs.Export(str(run), "pt2", file).run()
+    assert file.read_text() == "an earlier export"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "x.pt2"}

@@ -201,7 +201,12 @@ def test_an_existing_repository(site, cache, run, tmp_path):
     assert len(site.repositories[ID].log) == 2
     cache(hub.publish, make_run(tmp_path / "retrained", seed=1), ID)
     assert len(site.repositories[ID].log) == 3
+    assert "results.json" in published(site)
+    bare = make_run(tmp_path / "of unknown training", seed=2)
+    (bare / "results.json").unlink()
+    cache(hub.publish, bare, ID)
     kept = published(site)
+    assert set(kept) == {"README.md", "config.json", "model.safetensors"}  # no facts of other weights
     with pytest.raises(FileExistsError, match="holds the architecture 'ep_vgg5_025'; choose another name"):
         cache(hub.publish, make_run(tmp_path / "wider", architecture="ep_vgg5_050"), ID)
     with pytest.raises(FileExistsError, match="is public; make it private"):

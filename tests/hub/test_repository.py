@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
+from timm.models import save_for_hf
 
 from runs import Bomb, changed_config, changed_weights, make_facts, make_run, pickled_weights
 from timm_ep import EpVgg
@@ -318,3 +319,24 @@ def test_fuzz_bytes(tmp_path_factory, edits, cut, tail):
 def test_the_fuzzed_file_is_accepted_unchanged(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(TINY_BYTES)
     verify_weights(tmp_path / "x.safetensors", TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": float("nan")}, r"conv1\.0\.weight has values that are NaN"),
+        ({"label": "\x1b[2Jb"}, "label_names is .*expected a list of plain texts"),
+        ({}, None),
+    ],
+)
+def test_other_models_of_timm_are_checked_for_what_they_would_print(tmp_path, change, message):
+    model = timm.create_model("test_resnet", num_classes=2)
+    with torch.no_grad():
+        model.conv1[0].weight[0, 0] = change.get("weight", 1.0)
+    config = {"label_names": ["a", change.get("label", "b")], "num_classes": 2}
+    save_for_hf(model, tmp_path, model_config=config, safe_serialization=True)
+    if message is None:
+        load(tmp_path, "test_resnet")
+    else:
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, "test_resnet")

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,6 +16,7 @@ from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies.gdu import step_check
 from timm_ep.studies.gradcheck import exact_gradients
 from timm_ep.studies.reference import Reference
+from timm_ep.studies.workload import Workload
 
 
 def test_rows_are_the_cosine_and_ratio_of_the_two_gradients():
@@ -249,3 +251,11 @@ def test_bad_options_are_named(options, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["gradcheck", "ep_vgg5_025", *options])
     assert message in capsys.readouterr().err
+
+
+def test_a_release_is_measured_with_its_weights():
+    model, images, _ = Workload("ep_vgg5_025.ep_digits", batch_size=2).make()
+    released = timm.create_model("ep_vgg5_025.ep_digits", pretrained=True)
+    assert torch.equal(model.layers[0].weight, released.layers[0].weight)
+    assert images.shape == (2, 1, 32, 32)
+    assert Workload("ep_vgg5_025", classes=7, batch_size=2).make()[0].num_classes == 7

@@ -105,3 +105,8 @@ def test_figures_have_a_panel_for_each_group(runs, tmp_path):
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no finished run of an ep_vgg"):
         Study(tmp_path).run()
+
+
+def test_one_run_is_a_study_too(runs):
+    (row,) = Study(runs / "one" / "a").run()
+    assert (row.group, row.accuracy) == (".", 50.0)

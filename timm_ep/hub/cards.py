@@ -310,6 +310,8 @@ def folder_card(folder: str | os.PathLike[str], name: str, source: str) -> str:
 class Card:
     """Write the model card of a folder, README.md, from its config.json, results.json and twin.json.
 
+    What was written to be published, or pulled, keeps the name that it has on the Hub.
+
     Args:
         folder: of a run, or of a model in `model_cards/`.
         check: only compare: fail if README.md is not what would be written.
@@ -325,11 +327,15 @@ class Card:
             ValueError: with `check`, a card that has drifted from the facts or the template.
         """
         name, path = self.folder.resolve().name, self.folder / CARD_NAME
-        text = folder_card(self.folder, name, name if timm.is_model_pretrained(name) else f"local-dir:{self.folder}")
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        source = name if timm.is_model_pretrained(name) else f"local-dir:{self.folder}"
+        if source != name and (published := re.search(rf'create_model\("hf-hub:({_HUB_ID})"', before)):
+            name, source = published[1].partition("/")[2], f"hf-hub:{published[1]}"
+        text = folder_card(self.folder, name, source)
         if not self.check:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+        elif before != text:
             raise ValueError(f"{path} has drifted from its facts; write it again with: timm-ep card {self.folder}")
         print(f"{path} {'is up to date' if self.check else 'written'}")
         return path

@@ -7,22 +7,27 @@ Weights and configuration are written by `timm.models.save_for_hf`, so that timm
 import copy
 import dataclasses
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from timm_ep.base.files import creating, replacing
 from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
 from timm_ep.hub.curves import Plot
-from timm_ep.hub.redaction import redacted
+from timm_ep.hub.redaction import redacted, without_folders
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
 from timm_ep.models import EpVgg
 
-__all__ = ["prepare", "save"]
+__all__ = ["clean", "prepare", "save"]
+
+_TEMPORARY = ".model-"  # begins the name of what is being written
 
 
 def save(
@@ -56,7 +61,7 @@ def save(
         "crop_mode": "center",
     }
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no other
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_TEMPORARY) as temporary, _explained(Path(folder)):
         save_for_hf(
             model,
             temporary,
@@ -73,6 +78,20 @@ def save(
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             with replacing(Path(folder) / name) as file:
                 file.write_bytes((Path(temporary) / name).read_bytes())
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # such as that the disk is full
+        raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}") from error
+
+
+def clean(folder: str | Path) -> None:
+    """Remove what a killed process left of `save`."""
+    for left in Path(folder).glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def prepare(
@@ -135,7 +154,7 @@ def _add_facts(new: Path, home: Path, architecture: str, dataset_id: str | None)
     facts = RunFacts.load(home / RESULTS_NAME)
     if facts.architecture != architecture:
         raise ValueError(f"{home / RESULTS_NAME} is of {facts.architecture!r}, the weights are of {architecture!r}.")
-    dataclasses.replace(facts, dataset_id=dataset_id or facts.dataset_id).save(new / RESULTS_NAME)
+    _to_publish(facts, dataset_id).save(new / RESULTS_NAME)
     if (home / LOG_NAME).exists():
         _copy_log(home, new)
 
@@ -150,7 +169,17 @@ def _add_twin(new: Path, run: Path) -> None:
             f"{run} is of {twin.architecture} on {twin.dataset} by {twin.settings.get('gradient')}; the twin is "
             f"{facts.architecture} on {facts.dataset} by backprop (timm-ep train --gradient backprop)."
         )
-    twin.save(new / TWIN_NAME)
+    _to_publish(twin).save(new / TWIN_NAME)
+
+
+def _to_publish(facts: RunFacts, dataset_id: str | None = None) -> RunFacts:
+    return dataclasses.replace(
+        facts,
+        command=without_folders(facts.command),
+        teacher=facts.teacher and without_folders(facts.teacher),
+        started_from=facts.started_from and without_folders(facts.started_from),
+        dataset_id=dataset_id or facts.dataset_id,
+    )
 
 
 def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:

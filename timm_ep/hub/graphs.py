@@ -1,5 +1,6 @@
 """A trained model's inference as a graph that runs without this package: ONNX, or a program of `torch.export`."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_ep.base.files import replacing
 from timm_ep.hub.repository import load
+from timm_ep.models import EpVgg
 from timm_ep.models.named import create_named, set_sweeps
 
 __all__ = ["Export", "export_onnx", "export_program"]
@@ -34,12 +36,12 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path) -> Callable[
 
     Raises:
         ModuleNotFoundError: without the packages of the extra `export`.
-        ValueError: a model with short products, which onnxruntime does not compute.
+        ValueError: a model with short products, which onnxruntime does not compute (`Export` sets them to full).
     """
     if (products := getattr(model, "products", "full")) != "full":
         raise ValueError(
             f"products={products!r}: onnxruntime has no transposed convolution in that dtype. Set "
-            "model.products = 'full', or export pt2."
+            "model.products = 'full', or write pt2."
         )
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ModuleNotFoundError(f"ONNX needs {', '.join(missing)}: pip install timm_ep[export].")
@@ -70,13 +72,15 @@ class Export:
     """Write a trained model's inference to a file that runs without this package, and compare its answers.
 
     It takes normalised images, (batch, channels, height, width), any number at a time, and gives logits. The sweeps of
-    the settling are written out, so their number is fixed. It cannot be trained: no gradient comes out of it.
+    the settling are written out, so their number is fixed, and in full precision. It cannot be trained: no gradient
+    comes out of it.
 
     Args:
         model: the folder of a run, or a released name (`timm.list_pretrained("ep_*")`).
         format: `onnx`, or `pt2` for `torch.export.load`.
         output: the file; by default the model's name with the format as its suffix, in the current folder.
-        sweeps: of the free phase, if others than the model's own. 0 gives its feedforward twin.
+        sweeps: of the free phase, if others than the model's own; needed where it settles until it rests (`tol`).
+            0 gives its feedforward twin.
         img_size: side of the images in pixels; by default the model's.
     """
 
@@ -91,20 +95,24 @@ class Export:
 
         Raises:
             ModuleNotFoundError: ONNX without the packages that it needs.
-            ValueError: no such model, a folder that does not pass the checks, a model that cannot be exported, or a
-                file whose logits differ from the model's by more than 1e-4 of the largest.
+            ValueError: no such model, a folder that does not pass the checks, a model that cannot be exported, or one
+                whose logits come out by more than 1e-4 of the largest otherwise; then no file is left.
         """
         model: Any = load(self.model) if Path(self.model).is_dir() else create_named(self.model, pretrained=True).eval()
         set_sweeps(model, self.sweeps)
+        if isinstance(model, EpVgg):
+            model.settings = dataclasses.replace(model.settings, products="full")  # shorter ones save time in training
         channels, *sides = resolve_data_config({}, model=model)["input_size"]
         size = (self.img_size, self.img_size) if self.img_size else sides
         images = torch.randn(_BATCH + 1, channels, *size, generator=torch.Generator().manual_seed(0))
         path = self.output or Path(f"{Path(self.model).name}.{self.format}")
         write = export_onnx if self.format == "onnx" else export_program
-        with torch.no_grad():
+        with torch.no_grad(), replacing(path) as file:
             expected = model(images)
-            difference = float((write(model, images[:_BATCH], path)(images) - expected).abs().max())
+            difference = float((write(model, images[:_BATCH], file)(images) - expected).abs().max())
+            if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
+                raise ValueError(
+                    f"As {self.format}, {self.model} gives other logits, by up to {difference:.1e}; nothing is written."
+                )
         print(f"saved to {path}; largest difference of a logit: {difference:.1e}")
-        if not difference <= 1e-4 * max(1.0, float(expected.abs().max())):
-            raise ValueError(f"{path} gives other logits than the model, by up to {difference:.1e}; do not use it.")
         return path

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -63,7 +63,8 @@ def publish(
     """Publish a run or checkpoint in one commit, with the token of `hf auth login` or `HF_TOKEN`.
 
     The repository is created if need be. If it exists, the commit comes on top of what is there; it must be empty or
-    hold the same architecture, and be private if `private` is asked for.
+    hold the same architecture, and be private if `private` is asked for. Of an earlier training nothing is left, as
+    its facts would be beside other weights.
 
     Args:
         run: see `timm_ep.hub.export.prepare`.
@@ -95,10 +96,16 @@ def publish(
             _check_existing(api, repo_id, private, architecture)
             if revision and revision != "main":
                 _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            held = _patiently(lambda: api.model_info(repo_id, revision=revision)).siblings or ()
+            new = sorted(folder.iterdir())
+            old = {sibling.rfilename for sibling in held}.intersection(_TEXTS) - {path.name for path in new}
             done = _patiently(
                 lambda: api.create_commit(
                     repo_id,
-                    [CommitOperationAdd(path.name, str(path)) for path in sorted(folder.iterdir())],
+                    [
+                        *(CommitOperationAdd(path.name, str(path)) for path in new),
+                        *(CommitOperationDelete(name) for name in sorted(old)),
+                    ],
                     commit_message=f"Add {repo_id.partition('/')[2]}",
                     revision=revision,
                     create_pr=create_pr,

@@ -161,14 +161,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} does not exist; expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, as training or "
             "timm.models.save_for_hf writes it."
         )
-    if path.stat().st_size > TEXT_LIMIT:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {TEXT_LIMIT:,}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; expected an object that timm reads.")
+    config = _read_object(path)
     config = {key: config[key] for key in _CONFIG if key in config}
     if missing := sorted(_REQUIRED - config.keys()):
         raise ValueError(f"{path} lacks {missing}; expected a configuration that timm.models.save_for_hf writes.")
@@ -180,6 +173,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     _check(path, "model_args.", config["model_args"], _MODEL_ARGS)
     _check(path, "pretrained_cfg.", config["pretrained_cfg"], _PRETRAINED_CFG)
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > TEXT_LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {TEXT_LIMIT:,}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected an object that timm reads.")
     return config
 
 
@@ -322,25 +327,39 @@ def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.
 
     Args:
         folder: with config.json and model.safetensors.
-        architecture: what it is to be. Another model of timm than this package's must be asked for by name; only the
-            kind of its weights file is checked here, as timm itself compares the tensors of a whole model.
+        architecture: what it is to be. Another model of timm than this package's must be asked for by name; timm itself
+            compares its tensors, and here the kind of its weights file, their values and the names of its classes are
+            checked.
 
     Raises:
         FileNotFoundError: no configuration, or no safetensors.
         ValueError: a check that fails; the message names the file and what is wrong.
     """
     folder = Path(folder)
-    if architecture is None or _is_ours(architecture):
+    ours = architecture is None or _is_ours(architecture)
+    if ours:
         verify(folder)
     else:
         _check_header(folder / WEIGHTS_NAME)
+        _check_label_names(folder / CONFIG_NAME)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    if not ours and (broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]):
+        raise ValueError(f"{folder}: {broken[0]} has values that are NaN or infinite; the model would answer nothing.")
     if architecture is not None and model.pretrained_cfg["architecture"] != architecture:
         raise ValueError(
             f"{folder / CONFIG_NAME} names the architecture {model.pretrained_cfg['architecture']!r}, not "
             f"{architecture!r} as the facts of the run do."
         )
     return model
+
+
+def _check_label_names(path: Path) -> None:
+    """The names that predictions print, of a configuration that timm reads."""
+    config = _read_object(path)
+    cfg = config.get("pretrained_cfg")
+    for names in (config.get("label_names"), cfg.get("label_names") if isinstance(cfg, dict) else None):
+        if names is not None and not _NAMES(names):
+            raise ValueError(f"{path}: label_names is {names!r:.200}; expected a list of plain texts.")
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> nn.Module:

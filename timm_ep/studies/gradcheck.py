@@ -152,7 +152,7 @@ class Gradcheck:
     """Print how a model settles and how its EP gradient compares with BPTT, layer by layer.
 
     Args:
-        model: name of an `ep_vgg*`, at its default init, or the folder of a run.
+        model: name of an `ep_vgg*`, at its default init or with the weights of its tag; or the folder of a run.
         dataset: as in training; test images are used.
         data_dir: where the images are, if not embedded.
         model_args: further arguments of the model; of a run, only settings can be changed.

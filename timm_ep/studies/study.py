@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ep.base.figures import new_figure, save_figure
-from timm_ep.base.files import replacing
+from timm_ep.base.files import replacing, strings_to_paths
 from timm_ep.base.text import in_order
 from timm_ep.core.settings import SETTING_NAMES, Settings
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
@@ -66,6 +66,7 @@ class Study:
     over: str | None = None
 
     def __post_init__(self) -> None:
+        strings_to_paths(self)
         if self.over is not None and self.over not in SETTING_NAMES:
             raise ValueError(f"over={self.over!r} is no setting; choose one of {', '.join(SETTING_NAMES)}.")
 
@@ -111,7 +112,7 @@ def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | N
     )
     nudges = [row["scaled_nudge"] for row in first]
     return Row(
-        group=folder.parent.relative_to(root).as_posix(),
+        group=folder.parent.relative_to(root).as_posix() if folder != root else ".",
         training=_training(facts),
         depth=len(first),
         value=len(first) if over is None else facts.settings.get(over, getattr(Settings(), over)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +27,9 @@ class Workload:
     """A model and a batch of images, as options: they can be sent to another process, which then makes the same.
 
     Args:
-        model: name of an `ep_vgg*`, at its default init, or the folder of a run.
+        model: name of an `ep_vgg*`, at its default init or, with the tag of a release, with its weights; or the folder
+            of a run.
         model_args: further arguments of the model; of a run, only settings can be changed.
-        pretrained: take the weights that the name stands for.
         dataset: as in training, for test images with their labels; none for random ones.
         data_dir: where the images are, if not embedded.
         batch_size: images.
@@ -44,7 +45,6 @@ class Workload:
 
     model: str = "ep_vgg9_050"
     model_args: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
     dataset: str | None = None
     data_dir: Path | None = None
     batch_size: int = 64
@@ -95,11 +95,12 @@ class Workload:
                 raise ValueError(f"model_args {sorted(unknown)} of a run are fixed; change {', '.join(SETTING_NAMES)}.")
             return changed(model, **self.model_args) if isinstance(model, EpVgg) else model
         shape: dict[str, Any] = {}
+        pretrained = timm.is_model_pretrained(self.model)
         if data:
             shape = {"num_classes": len(data.classes), "in_chans": data.channels}
-        elif not self.pretrained:
+        elif not pretrained:
             shape = {"num_classes": self.classes}
-        return create_named(self.model, pretrained=self.pretrained, **shape, **self.model_args)
+        return create_named(self.model, pretrained=pretrained, **shape, **self.model_args)
 
 
 def autocast(device: str, enabled: bool) -> AbstractContextManager[Any]:
