@@ -11,6 +11,8 @@ import yaml
 from timm_ep import cli
 from timm_ep.data.datasets import open_data
 from timm_ep.hub.cards import RunFacts
+from timm_ep.training.evaluate import Validate
+from timm_ep.training.trainer import Trainer
 
 TINY = ['--model-args={"architecture": [8, "M", 8, "M", 8, "M", 8, "M"]}', "--batch-size=16", "--quiet"]
 
@@ -37,6 +39,11 @@ def test_the_command_line_takes_yaml_overrides_and_hyphens(tmp_path, capsys):
         (["train", "--rate", "1"], 2, "rate"),
         (["fly"], 2, "unknown command 'fly'"),
         (["validate", "nowhere"], 2, "nowhere does not exist; expected the folder of a run"),
+        (["validate"], 2, "run_folder"),
+        (["predict"], 2, "run_folder"),
+        (["gradcheck"], 2, "model"),
+        (["train", "--device=gpu"], 2, "device='gpu' is unknown to PyTorch"),
+        (["train", "--smoothing=1"], 2, "smoothing=1 leaves nothing of the labels"),
     ],
 )
 def test_user_errors_exit_with_2_and_a_message(words, code, message, capsys):
@@ -121,3 +128,24 @@ def test_run_names_what_it_cannot_find(capsys):
             cli.main(words)
         assert stopped.value.code == code
     assert "nowhere.py is neither a file nor a module" in capsys.readouterr().err
+
+
+def test_every_option_has_a_default(monkeypatch):
+    started = []
+    monkeypatch.setattr(Trainer, "run", lambda command: started.append(command))
+    cli.main(["train"])
+    assert started == [Trainer()]
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    for kind, words, told in (
+        (Trainer, ["train"], "timm-ep train: interrupted; what it had done by then goes on with --resume.\n"),
+        (Validate, ["validate", "run"], "timm-ep validate: interrupted.\n"),
+    ):
+        monkeypatch.setattr(kind, "run", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert (stopped.value.code, capsys.readouterr().err) == (130, told)

@@ -86,6 +86,11 @@ def _main(words: list[str]) -> None:
         kind(**{key: _found(value) for key, value in values.items()}).run()
     except BrokenPipeError:
         raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        more = "; what it had done by then goes on with --resume" if name == "train" else ""
+        parser.exit(128 + 2, f"timm-ep {name}: interrupted{more}.\n")
     except Exception as error:
         if debug:
             raise
@@ -153,5 +158,5 @@ def _with_values(options: list[str], flags: set[str]) -> list[str]:
     """A flag alone is a flag set: `--quiet` is `--quiet=true`."""
     return [
         f"{option}=true" if option.removeprefix("--") in flags and following not in ("true", "false") else option
-        for option, following in zip(options, [*options[1:], ""], strict=True)
+        for option, following in zip(options, [*options, ""][1:], strict=True)
     ]

@@ -89,6 +89,7 @@ KILLS = {
     "in mid-update": lambda: before_call(loop.TrainingLoop, "_backward", 14),
     "in the optimizer's step": lambda: before_call(torch.optim.AdamW, "step", 7),
     "half a checkpoint written": lambda: half_written(3),
+    "the newest written, not yet as the best too": lambda: before_call(checkpoints.CheckpointStore, "_write", 4),
     "a checkpoint written, not yet renamed": lambda: before_call(os, "replace", 6),
     "a checkpoint renamed, the older still there": lambda: before_call(Path, "unlink", 9),
     "the epoch trained, not yet validated": lambda: before_call(loop.TrainingLoop, "_end_epoch", 2),
@@ -270,7 +271,11 @@ def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
     with pytest.raises(ValueError, match="num_classes=7"):
         Trainer(**options_of(tmp_path, model_args={"num_classes": 7}, overwrite=True)).run()
     assert (tmp_path / "results.json").exists()  # what cannot start discards nothing
+    for name in ("README.md", "twin.json"):
+        (tmp_path / name).write_text("of the run that is discarded")
+    kept = {"checkpoints", "args.yaml", "config.json", "model.safetensors", "results.json", "summary.csv", "layers.csv"}
     Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "settling.csv", "curves.png", ".lock"}
     assert load_checkpoint(CheckpointStore(tmp_path / "checkpoints").steps()[0])["options"]["lr"] == 0.1
     with pytest.raises(ValueError, match="choose one"):
         Trainer(resume=True, overwrite=True)
@@ -284,3 +289,85 @@ def test_a_finished_run_says_its_result_again_and_takes_more_epochs_with_a_warni
     assert more.epochs == 2
     assert "epochs: 1 → 2" in capsys.readouterr().err
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == 3
+
+
+def stopped_by(number, at):
+    """SIGTERM or Ctrl-C noted by the time of the update number `at`, or after the last one."""
+    original, calls = loop.TrainingLoop._update, itertools.count(1)
+
+    def patched(self, batches, stop):
+        return original(self, batches, number if next(calls) == at else stop)
+
+    return patched
+
+
+def test_a_finished_run_that_is_stopped_on_its_way_to_more_epochs_stays_finished(tmp_path, monkeypatch):
+    """Facts of some weights beside others would be published together."""
+    Trainer(**options_of(tmp_path)).run()
+    names = ("results.json", "model.safetensors", "config.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.TrainingLoop, "_update", stopped_by(15, 2))
+        with pytest.raises(SystemExit):
+            Trainer(**options_of(tmp_path, resume=True, epochs=2)).run()
+    assert before == [(tmp_path / name).read_bytes() for name in names]
+    assert Trainer(**options_of(tmp_path, resume=True, epochs=2)).run().epochs == 2
+    assert before != [(tmp_path / name).read_bytes() for name in names]
+
+
+def test_a_signal_during_the_last_validation_stops_the_run_too(tmp_path, monkeypatch):
+    original = loop.TrainingLoop._end_epoch
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.TrainingLoop, "_end_epoch", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            Trainer(**options_of(tmp_path)).run()
+    assert stopped.value.code == 143
+    assert not (tmp_path / "results.json").exists()
+    assert Trainer(**options_of(tmp_path, resume=True)).run().epochs == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["results.json", "model.safetensors"])
+def test_a_model_without_checkpoints_is_not_trained_over(name, resume, tmp_path):
+    (tmp_path / name).write_text("of a run whose checkpoints are gone, or of a model that was pulled")
+    with pytest.raises(FileExistsError, match="no checkpoints to go on from: choose another --output"):
+        Trainer(**options_of(tmp_path, resume=resume)).run()
+    assert (tmp_path / name).read_text().startswith("of a run")
+
+
+def test_a_start_is_not_discarded(tmp_path):
+    for start in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match="overwrite would discard initial_checkpoint="):
+            Trainer(output=tmp_path, initial_checkpoint=start, overwrite=True)
+
+
+def test_the_best_is_what_its_checkpoint_says(tmp_path):
+    def saved(epoch, best_epoch, update=0):
+        progress = {"epoch": epoch, "update": update, "best_epoch": best_epoch, "best": (50.0 + best_epoch, 1.0)}
+        return {"progress": progress}
+
+    store = CheckpointStore(tmp_path)
+    store.save(saved(1, 1), 5, best=True)
+    assert store.repair_best(saved(2, 1)) == saved(1, 1)["progress"]
+    # Killed before the second was written as the best: it is written now.
+    assert store.repair_best(saved(2, 2)) == saved(2, 2)["progress"]
+    assert load_checkpoint(store.best)["progress"] == saved(2, 2)["progress"]
+    # The newest is damaged, and the run goes on from an earlier one: the best is one that it has yet to reach again.
+    assert store.repair_best(saved(1, 1, update=3)) == saved(2, 2)["progress"]
+    assert store.repair_best(saved(1, 1)) == saved(2, 2)["progress"]
+    # No validation, no best.
+    assert store.repair_best(saved(1, 0))["best_epoch"] == 0
+    store.best.write_text("damaged")
+    assert store.repair_best(saved(3, 2)) == saved(3, 2)["progress"]
+
+
+def test_what_a_killed_process_left_of_a_model_is_removed(tmp_path):
+    (tmp_path / ".model-abc").mkdir()
+    (tmp_path / ".model-abc" / "model.safetensors").write_text("half")
+    Trainer(**options_of(tmp_path)).run()
+    assert not (tmp_path / ".model-abc").exists()

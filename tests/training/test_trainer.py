@@ -1,6 +1,7 @@
 """End to end: train on digits, save, load through timm, test and classify again; the command line over the same."""
 
 import csv
+import errno
 import json
 import math
 
@@ -8,9 +9,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from timm_ep.base.files import replacing
 from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.hub import export
 from timm_ep.hub.cards import RunFacts
 from timm_ep.training.evaluate import Validate, evaluate, load_run
 from timm_ep.training.predict import Predict
@@ -181,3 +184,71 @@ def test_grey_images_are_predicted_whatever_their_mode(run, tmp_path):
 def test_quickstart_reaches_97_percent(tmp_path):
     """The quickstart's own options."""
     assert Trainer(epochs=15, batch_size=32, augment="crop", output=tmp_path, quiet=True).run().top1 >= 97
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of eight images, for training and for testing."""
+    for part in ("train", "test"):
+        for name in ("dark", "light"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for index in range(8):
+                shade = 40 + index + 100 * (name == "light")
+                Image.new("L", (16, 16), shade).save(tmp_path / "data" / part / name / f"{index}.png")
+    return tmp_path / "data"
+
+
+SMALL = {"dataset": "folder", "img_size": 16, "batch_size": 4, "epochs": 1, "quiet": True}
+SMALL["model_args"] = {"architecture": [4, "M", 6, "M"]}
+
+
+def damage(folder):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no picture")
+
+
+def test_images_none_of_which_can_be_read_are_named_before_the_training(pictures, tmp_path, capsys):
+    damage(pictures / "train" / "dark")
+    Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "run").run()
+    assert "none of the training images can be read of: dark" in capsys.readouterr().err
+    damage(pictures / "test")
+    with pytest.raises(ValueError, match="None of the test images can be read, for example because "):
+        Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "none").run()
+    assert not (tmp_path / "none" / "args.yaml").exists()
+
+
+def test_looking_for_damaged_images_changes_no_weight(pictures, tmp_path):
+    for what in ("skip", "stop"):
+        Trainer(**SMALL, data_dir=pictures, bad_images=what, output=tmp_path / what).run()
+    assert (tmp_path / "skip/model.safetensors").read_bytes() == (tmp_path / "stop/model.safetensors").read_bytes()
+
+
+def test_in_python_paths_may_be_strings(pictures, tmp_path):
+    first = Trainer(**SMALL, data_dir=str(pictures), output=str(tmp_path / "first"), checkpoint_interval=2).run()
+    start = str(tmp_path / "first")
+    Trainer(**SMALL, data_dir=str(pictures), output=str(tmp_path / "second"), initial_checkpoint=start).run()
+    assert Validate(start, data_dir=str(pictures), output=str(tmp_path / "v.json")).run().top1 == first.top1
+    assert len(Predict(start, str(pictures / "test"), output=str(tmp_path / "p.csv")).run()) == 16
+
+
+def test_the_noise_of_a_device_is_the_same_in_every_test(pictures, tmp_path):
+    noisy = {**SMALL, "model_args": {**SMALL["model_args"], "state_noise": 0.5}}
+    Trainer(**noisy, data_dir=pictures, output=tmp_path / "run").run()
+    losses = [Validate(tmp_path / "run", data_dir=pictures, batch_size=4).run().loss for _ in range(2)]
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert losses[0] == losses[1] == pytest.approx(float(row["test_loss"]), rel=1e-6)
+
+
+def test_a_full_disk_is_said_of_the_file_that_it_kept_from_being_written(tmp_path, monkeypatch):
+    message = r"No space left on device: '.*summary\.csv'"
+    with pytest.raises(OSError, match=message), replacing(tmp_path / "summary.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_for_hf", full)
+    with pytest.raises(OSError, match=r"model\.safetensors could not be written: I/O error: No space left"):
+        Trainer(epochs=1, train_images=64, model_args=SMALL["model_args"], output=tmp_path, quiet=True).run()
+    assert not list(tmp_path.glob(".model-*"))

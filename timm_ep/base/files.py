@@ -6,13 +6,23 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["creating", "only_one", "replacing"]
+__all__ = ["creating", "only_one", "replacing", "strings_to_paths"]
 
 _LOCK_SECONDS = 3.0  # a killed owner's own processes, which hold the lock too, end in less
+
+
+def strings_to_paths(options: Any) -> None:
+    """Make paths of a command's options that are paths and were given as strings, as in Python they may be."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if isinstance(value, str) and option.type in (Path, Path | None):
+            setattr(options, option.name, Path(value))
 
 
 @contextmanager
@@ -31,7 +41,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         _make_readable(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -39,6 +50,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)  # the new name is on the disk once its folder is
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of the system that names no file, such as that the disk is full, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

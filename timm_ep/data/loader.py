@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 __all__ = ["EpochOrder", "Samples", "seed_everything", "training_loader"]
 
 
-Stream = Literal["order", "sample", "step"]
+Stream = Literal["order", "sample", "step", "test"]
 
 
 def _derived(stream: Stream, *position: int) -> int:

@@ -82,7 +82,7 @@ class CheckpointStore:
             OSError: not written, for example for want of space; what was there before is intact.
         """
         path = self.folder / f"step-{step:09d}.pt"
-        for target in (self.best, path) if best else (path,):
+        for target in (path, self.best) if best else (path,):  # of the newest the best can be made, see `repair_best`
             self._write({"format": FORMAT, **state}, target)
         for old in [other for other in self.steps() if other != path][self.keep - 1 :]:
             old.unlink()
@@ -99,6 +99,24 @@ class CheckpointStore:
                 f"The checkpoint {path} could not be written ({_cause(error)}); {intact}. Make room, and go on with "
                 "--resume."
             ) from error
+
+    def repair_best(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The progress that `best.pt` was written with, for a run that goes on from `state`.
+
+        It may be another than the state knows of. A kill may have come between the two files: then the state is itself
+        the best, and is written again. Or the newest was damaged: then `best.pt` is of an epoch to come, and stands.
+        Where it cannot be read, what the state says.
+        """
+        progress = state["progress"]
+        try:
+            found = load_checkpoint(self.best)["progress"] if self.best.is_file() else progress
+        except UnusableCheckpoint:
+            found = progress
+        is_best = progress["best_epoch"] == progress["epoch"] and not progress["update"]
+        if is_best and (found["best_epoch"] < progress["best_epoch"] or not self.best.is_file()):
+            self._write({"format": FORMAT, **state}, self.best)
+            found = progress
+        return found if progress["best_epoch"] else progress
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""

@@ -80,6 +80,22 @@ class World:
                 raise each
 
 
+def available(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is unknown to PyTorch; choose cpu, cuda, mps, …") from error
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found.type != "cpu" and (accelerator is None or accelerator.type != found.type):
+        raise ValueError(f"device={device} is not available here; choose cpu, or install a PyTorch build that has it.")
+    return found
+
+
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, if it did: by NCCL on CUDA devices, by gloo on CPUs.
@@ -90,10 +106,7 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         ValueError: there is no such device.
     """
-    kind = torch.device(device).type
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
-        raise ValueError(f"device={device} is not available here; choose cpu, or install a PyTorch build that has it.")
+    available(device)
     joined = init_distributed_device_so(device)
     try:
         yield World(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])

@@ -11,9 +11,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from timm_ep.base.files import replacing
+from timm_ep.base.files import replacing, strings_to_paths
 from timm_ep.base.text import same_name
 from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.loader import seed_everything
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.hub.repository import WEIGHTS_NAME, load, named_architecture
@@ -21,6 +22,7 @@ from timm_ep.models import EpVgg
 from timm_ep.models.named import set_sweeps
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.training.checkpoints import unfinished
+from timm_ep.training.distributed import available
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def load_run(run: str | Path, device: str = "cpu", sweeps: int | None = None) ->
 
     Raises:
         FileNotFoundError: no model in the folder.
-        ValueError: a folder that does not pass the checks of `timm_ep.hub.repository`.
+        ValueError: a folder that does not pass the checks of `timm_ep.hub.repository`, or no such device.
     """
     run = Path(run)
     if not run.is_dir():
@@ -88,7 +90,7 @@ def load_run(run: str | Path, device: str = "cpu", sweeps: int | None = None) ->
     if not (run / WEIGHTS_NAME).exists() and (run / "checkpoints").is_dir():
         raise FileNotFoundError(unfinished(run))
     facts = RunFacts.find(run / RESULTS_NAME)
-    model = load(run, facts.architecture if facts else named_architecture(run)).to(device)
+    model = load(run, facts.architecture if facts else named_architecture(run)).to(available(device))
     set_sweeps(model, sweeps)
     return model, facts
 
@@ -123,6 +125,9 @@ class Validate:
     sweeps: int | None = None
     output: Path | None = None
 
+    def __post_init__(self) -> None:
+        strings_to_paths(self)
+
     def run(self) -> Evaluation:
         """Print and return the accuracy.
 
@@ -138,6 +143,7 @@ class Validate:
                 f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
             )
         data.test.transform = run_transform(model)
+        seed_everything("test", 0)  # for a net with the noise of a device: the same answer each time
         result = evaluate(model, create_loader(data.test, self.batch_size, self.workers), self.device)
         architecture = str(cast(Any, model).pretrained_cfg["architecture"])
         if self.output is not None:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from timm_ep.data.damaged import damaged_images, without_images
-from timm_ep.data.datasets import DataSource, create_loader, open_data
+from timm_ep.data.datasets import DataSource, create_loader, labels_of, open_data
 from timm_ep.data.pictures import UnreadableImage
 from timm_ep.data.transforms import image_transform
 from timm_ep.training.distributed import World
@@ -37,7 +37,7 @@ def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -
         state: of the run that is resumed, in which those were left out that it names; empty for a new one.
 
     Raises:
-        ValueError: images of one class, or of other channels than grey or colour.
+        ValueError: images of one class, of other channels than grey or colour, or none that can be read.
     """
     source = open_data(options.dataset, options.data_dir)
     channels = options.in_chans or options.model_args.get("in_chans", source.channels)
@@ -52,8 +52,33 @@ def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -
         else:
             for found in world.gather(damaged_images(source, options.workers, world.rank, world.size)):
                 left_out |= found
-        source = without_images(source, list(left_out))
+        source = _without(source, left_out)
     return replace(source, channels=channels), left_out
+
+
+def _without(source: DataSource, left_out: dict[str, str]) -> DataSource:
+    """The images that can be read.
+
+    Raises:
+        ValueError: there are none of a part.
+    """
+    kept = without_images(source, list(left_out))
+    for part, images in {"training": kept.train, "validation": kept.validation, "test": kept.test}.items():
+        if images is not None and not len(images):
+            raise ValueError(
+                f"None of the {part} images can be read, for example because {next(iter(left_out.values()))}."
+            )
+    lost = set(labels_of(source.train) or ()) - set(labels_of(kept.train) or ())
+    if not lost:
+        return kept
+    names = ", ".join(source.classes[label] for label in sorted(lost))
+    return replace(
+        kept,
+        notes=(
+            *kept.notes,
+            f"none of the training images can be read of: {names}",
+        ),
+    )
 
 
 def plain_loader(

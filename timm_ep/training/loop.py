@@ -148,6 +148,8 @@ class TrainingLoop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["amp_scaler"])
         self.progress = Progress.of(state["progress"])
+        known = self.world.from_primary(self.store.repair_best(state) if self.world.primary else None)
+        self.progress.best_epoch, self.progress.best = known["best_epoch"], known["best"]
 
     def run(self) -> None:
         """Train to the last epoch, or until validation no longer improves.
@@ -161,6 +163,10 @@ class TrainingLoop:
             while self.progress.epoch < self.options.epochs and not self._exhausted():
                 self._train_epoch(request)
                 self._end_epoch()
+            # One that came since the last update, which no other process knows of.
+            terminated, interrupted = self.world.sum([request.number == 15, request.number == 2])
+            if terminated or interrupted:
+                raise self._stopped(15 if terminated else 2)
 
     def _exhausted(self) -> bool:
         patience = self.options.patience
@@ -185,8 +191,11 @@ class TrainingLoop:
             if stop or self._checkpoint_due():
                 self._save()
             if stop:
-                self.log.warn(f"stopped by signal {stop} after update {self.updates}; go on with --resume.")
-                raise Interrupted(stop)
+                raise self._stopped(stop)
+
+    def _stopped(self, number: int) -> Interrupted:
+        self.log.warn(f"stopped by signal {number} after update {self.updates}; go on with --resume.")
+        return Interrupted(number)
 
     def _load(self, batches: Iterator[Batch], count: int) -> list[Batch]:
         """The batches of an update; blank ones where an image is unreadable, until the other processes learn of it."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from timm_ep.base.files import replacing
+from timm_ep.base.files import replacing, strings_to_paths
 
 __all__ = ["TrainingOptions"]
 
@@ -213,12 +213,12 @@ class TrainingOptions:
     workers: int = 0
     resume: bool = False
     overwrite: bool = False
-    checkpoint_interval: str | None = None
+    checkpoint_interval: int | str | None = None
     log_tensorboard: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        self.output = Path(self.output)
+        strings_to_paths(self)
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -229,6 +229,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is no share; it must be between 0 and 1.")
+        if self.smoothing == 1:
+            raise ValueError("smoothing=1 leaves nothing of the labels; it must be below 1, such as 0.1.")
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"model_ema_decay={self.model_ema_decay} must be at least 0 and below 1.")
         self._check_teaching()
@@ -240,6 +242,11 @@ class TrainingOptions:
             raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with the run in the output folder and overwrite discards it; choose one.")
+        start = self.initial_checkpoint
+        if self.overwrite and start is not None and start.resolve().is_relative_to(self.output.resolve()):
+            raise ValueError(
+                f"overwrite would discard initial_checkpoint={start}, in output={self.output}; choose another output."
+            )
         _ = self.interval
 
     def _check_teaching(self) -> None:

@@ -14,6 +14,7 @@ from typing import IO
 import torch
 from PIL import Image
 
+from timm_ep.base.files import strings_to_paths
 from timm_ep.data.datasets import open_data
 from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
@@ -52,9 +53,10 @@ class Predict:
     sweeps: int | None = None
 
     def __post_init__(self) -> None:
+        strings_to_paths(self)
         if self.top < 1 or self.batch_size < 1:
             raise ValueError(f"top={self.top} and batch_size={self.batch_size} must be at least 1.")
-        if self.output is not None and Path(self.output).suffix not in (".csv", ".json"):
+        if self.output is not None and self.output.suffix not in (".csv", ".json"):
             raise ValueError(f"output={self.output}: give a file name that ends in .csv or .json.")
 
     def run(self) -> list[Answer]:

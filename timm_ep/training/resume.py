@@ -4,9 +4,10 @@ import shutil
 import sys
 from typing import Any
 
-from timm_ep.hub.cards import RESULTS_NAME
+from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
+from timm_ep.hub.export import clean
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
-from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.checkpoints import CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
 from timm_ep.training.distributed import World
 from timm_ep.training.options import TrainingOptions
 
@@ -17,34 +18,56 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
     """The state to go on from, the same in every process; empty for a new run.
 
     Raises:
-        FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` says what to do.
+        FileExistsError: the output folder holds a run, and neither `resume` nor `overwrite` says what to do; or a model
+            without checkpoints, which cannot be resumed.
         UnusableCheckpoint: there are checkpoints, and none is good.
     """
     if world.primary:
         store.clean()
+        clean(options.output)
     if options.overwrite:
         return {}
     if options.resume:
         if not world.primary:
+            world.agree(None)
             path = world.from_primary(None)
             return {} if path is None else load_checkpoint(path)
-        newest = store.newest()
+        newest = Newest(None, {}, [])
+        unusable: Exception | None = None
+        try:
+            newest = store.newest()
+        except UnusableCheckpoint as error:
+            unusable = error
+        if newest.path is None and unusable is None:
+            unusable = _taken(options, store)
+        world.agree(unusable)
         for reason in newest.refused:
             print(f"warning: {reason} Going on from the one before, {newest.path}.", file=sys.stderr)
         world.from_primary(newest.path)
         return newest.state
-    if store.steps() or (options.output / RESULTS_NAME).exists():
-        raise FileExistsError(
-            f"{options.output} holds a run already. Go on with it by --resume, choose another --output, or discard it "
-            "by --overwrite."
-        )
+    if (taken := _taken(options, store)) is not None:
+        raise taken
     return {}
+
+
+def _taken(options: TrainingOptions, store: CheckpointStore) -> FileExistsError | None:
+    """What to say of an output folder that is not free for a new run."""
+    if store.steps():
+        how = "Go on with it by --resume, choose another --output, or discard it by --overwrite."
+    elif (options.output / RESULTS_NAME).exists() or (options.output / WEIGHTS_NAME).exists():
+        how = "It has no checkpoints to go on from: choose another --output, or discard it by --overwrite."
+    else:
+        return None
+    return FileExistsError(f"{options.output} holds a run already. {how}")
 
 
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
     """Remove what the folder of an earlier run would be resumed or read from."""
     shutil.rmtree(store.folder, ignore_errors=True)
-    for name in (RESULTS_NAME, "summary.csv", WEIGHTS_NAME, CONFIG_NAME, "bad_images.txt"):
+    for name in (
+        *(RESULTS_NAME, LOG_NAME, CURVES_NAME, CARD_NAME, TWIN_NAME, WEIGHTS_NAME, CONFIG_NAME),
+        *("layers.csv", "settling.csv", "bad_images.txt"),
+    ):
         (options.output / name).unlink(missing_ok=True)
     shutil.rmtree(options.output / "tensorboard", ignore_errors=True)
 

@@ -11,6 +11,7 @@ import torch
 
 from timm_ep.base.files import only_one, replacing
 from timm_ep.data.datasets import DataSource
+from timm_ep.data.loader import seed_everything
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.export import save
@@ -68,8 +69,8 @@ class Trainer(TrainingOptions):
     def _run(self, world: World) -> RunFacts:
         store = CheckpointStore(self.output / "checkpoints")
         state = earlier_state(self, world, store)
-        torch.manual_seed(self.seed)  # of the initial weights; all else is seeded by its position
         source, left_out = open_source(self, world, state)
+        torch.manual_seed(self.seed)  # of the initial weights; all else is seeded by its position
         images, model = open_images(self, source)
         model = model.to(world.device)
         if self.channels_last:
@@ -93,9 +94,9 @@ class Trainer(TrainingOptions):
             try:
                 loop.run()
             except Interrupted:
-                if world.primary:
+                if world.primary and not (self.output / RESULTS_NAME).exists():
                     self._save_model(self._result(loop), images)  # so that it can be used as it is
-                raise
+                raise  # and a finished run that was to be longer stays what it was, facts and weights
             facts = self._finish(loop, images, model)
         finally:
             loop.log.close()
@@ -119,6 +120,7 @@ class Trainer(TrainingOptions):
         world, progress = loop.world, loop.progress
         # Without autocast, as the model is saved and as `timm-ep validate` will test it again.
         averaged = self._result(loop)
+        seed_everything("test", 0)  # for a net with the noise of a device
         tested = evaluate(
             averaged,
             plain_loader(self, images.source.test, images, world),
