@@ -354,8 +354,17 @@ def test_float16_is_refused_where_states_are_too_small_for_it():
         (timm.create_model("ep_vgg9_025", preset="strong", products="float16"), nullcontext()),
         (timm.create_model("ep_vgg9_025", preset="strong"), torch.autocast("cpu", torch.float16)),
     ):
-        with autocast, pytest.raises(TypeError, match=r"states of this net fall to 4e-07 .* Use bfloat16"):
+        with autocast, pytest.raises(TypeError, match=r"whose states fall to 4e-07 .* Use bfloat16"):
             model(images)
     with torch.autocast("cpu", torch.bfloat16):
         timm.create_model("ep_vgg9_025", preset="strong")(images)
     timm.create_model("ep_vgg9_025", products="float16")(images)
+    # Four layers fall to 7e-4, which a product can hold, if not all that is settled with.
+    torch.manual_seed(0)
+    full, short = (timm.create_model("ep_vgg5_025", preset="strong", num_classes=3) for _ in range(2))
+    short.load_state_dict(full.state_dict())
+    short.products = "float16"
+    for model in (full, short):
+        F.cross_entropy(model(images), torch.tensor([0, 2])).backward()
+    for ours, exact in zip(short.layers, full.layers, strict=True):
+        assert F.cosine_similarity(ours.weight.grad.flatten(), exact.weight.grad.flatten(), 0) > 0.99

@@ -149,7 +149,7 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         depth = len(ctx.couplings)
         if all(grad is None for grad in grads):
-            return (None, None, None, *[None] * len(ctx.needs_input_grad[3:]))
+            return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
         kernels, biases, preactivations = (saved[i * depth : (i + 1) * depth] for i in range(3))
         if ctx.settings.physical:
@@ -220,9 +220,7 @@ def ep_gradient(
     """
 
     def phases(forces: Sequence[Tensor | None], beta: float) -> tuple[FreePhase, NudgedPhase]:
-        nudged = nudged_phase(net, free, forces, settings, beta)
-        warn_of_unreached(nudged, forces, settings)
-        return free, nudged
+        return free, nudged_phase(net, free, forces, settings, beta)
 
     return _estimated(net, x, normalised_forces(grads), settings, needed, phases)
 
@@ -256,6 +254,9 @@ def _estimated(
 ) -> list[Tensor | None]:
     """The contrast of the two `phases` under normalised forces and each β, at the scale of the forces."""
     forces, scales = normalised
+    depth = len(forces)
+    learns = [kernel or bias for kernel, bias in zip(needed[1 : depth + 1], needed[depth + 1 :], strict=True)]
+    warn_of_unreached(forces, [learns[0] or needed[0], *learns[1:]], settings)
     scale = scales.amax()
     weights = (scales / scale).to(x.dtype)
     estimates = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timm_ep.core.energy import Drive, Net, max_pool
 from timm_ep.core.free_phase import FreePhase, Trace, relative_changes
-from timm_ep.core.schedule import Visit, schedule
+from timm_ep.core.schedule import Visit, arrivals, schedule
 from timm_ep.core.settings import Settings
 
 
@@ -123,16 +123,25 @@ def nudged_phase(
     return phase
 
 
-def warn_of_unreached(phase: NudgedPhase, forces: Sequence[Tensor | None], settings: Settings) -> None:
-    """Layers below all forces that the nudge has not reached get no gradient, which is not to happen in silence."""
+def warn_of_unreached(forces: Sequence[Tensor | None], learns: Sequence[bool], settings: Settings) -> None:
+    """Layers below all forces that the nudge does not reach get no gradient, which is not to happen in silence.
+
+    Args:
+        forces: g_l per layer (None: none).
+        learns: whether a gradient is wanted of each layer.
+        settings: the sweeps and their order.
+    """
     lowest = next((layer for layer, force in enumerate(forces) if force is not None), 0)
-    missed = sum(delta is None for delta in phase.deltas[:lowest])
-    if missed:
-        needed = lowest + 1 if settings.update == "synchronous" else (lowest + 1) // 2 + 1
+    needed = [
+        sweeps
+        for sweeps, wanted in zip(arrivals(settings.update, len(forces), lowest), learns, strict=False)
+        if wanted and sweeps > settings.nudged_sweeps
+    ]
+    if needed:
         warnings.warn(
-            f"The nudge has not reached the first {missed} of {len(phase.deltas)} layers: their gradient is 0. With "
+            f"The nudge does not reach {len(needed)} of {len(forces)} layers: their gradient is 0. With "
             f"update={settings.update!r} it moves by a layer or two a sweep; raise nudged_sweeps="
-            f"{settings.nudged_sweeps} to {needed} or more, or nudge every layer by an error signal.",
+            f"{settings.nudged_sweeps} to {max(needed)} or more, or nudge every layer by an error signal.",
             stacklevel=2,
         )
 

@@ -57,6 +57,18 @@ def schedule(update: str, depth: int, sweeps: range, started: bool | None = None
     return tuple(visits)
 
 
+@lru_cache
+def arrivals(update: str, depth: int, source: int) -> tuple[int, ...]:
+    """With which sweep of a nudged phase, from 1, a force on the state of layer `source` moves it and each below."""
+    reached: dict[int, int] = {}
+    for number in range(1, depth + 1):
+        for group in _groups(update, depth, number - 1):
+            reached |= {
+                layer: number for layer in group if layer not in reached and (layer == source or layer + 1 in reached)
+            }
+    return tuple(reached[layer] for layer in range(source + 1))
+
+
 def _groups(update: str, depth: int, sweep: int) -> list[list[int]]:
     if update == "synchronous":
         return [list(range(depth))]

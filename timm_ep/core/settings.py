@@ -30,8 +30,8 @@ class Settings:
             the registered nets a gradient cosine of 0.99 to the exact one. Accuracy changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ. In the other orders of `update` a
-            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; that it has not come down to the first
-            is a warning.
+            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; with frozen forces, that it does not
+            come down to the first that learns is a warning.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
             be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
@@ -64,7 +64,7 @@ class Settings:
             so does nearly all of the accuracy, from the feedforward start; the products take a third to a half of the
             time where the device has units for it. `full`: all in the dtype of the kernels. Autocast instead takes
             states and all into the short dtype. For EP with frozen forces: `bptt` and `backprop` compute in full.
-            No net at λ = 1 has states large enough for float16, whose numbers end at 6e-8.
+            The states of a deep net at λ = 1 are too small for float16, which is refused there.
         gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
             the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
             `local`: the same twin, each layer by the losses on its own state alone: what intermediate error signals do

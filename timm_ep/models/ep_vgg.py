@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 
 from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.crnn import EpVgg
@@ -184,7 +185,7 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
     def create(pretrained: bool = False, **kwargs: Any) -> EpVgg:
         if pretrained:
             _check_weights(variant, kwargs)
-        if (feature_cls := kwargs.get("feature_cls", "getter")) != "getter":
+        if (feature_cls := kwargs.get("feature_cls", "getter")) not in ("getter", FeatureGetterNet):
             raise ValueError(
                 f"feature_cls={feature_cls!r} would take features from modules, and those of an ep_vgg* give kernels; "
                 "leave it out: features_only=True gives the states."

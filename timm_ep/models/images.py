@@ -40,13 +40,7 @@ def check_images(model: Any, x: Tensor) -> None:
     dtype, casts = model.layers[0].weight.dtype, x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     if x.dtype != dtype and not casts:
         raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
-    computed = torch.get_autocast_dtype(x.device.type) if casts else dtype
-    short = model.settings.gradient == "ep" and model.settings.products == "float16"
-    if model.unit < 1 and (computed == torch.float16 or short):
-        raise TypeError(
-            f"float16 ends at 6e-8, and the states of this net fall to {model.unit ** len(model.layers):.0e} (unit="
-            f"{model.unit:.2g}): nothing would be left of them. Use bfloat16, as autocast's dtype or in products."
-        )
+    _check_range(model, torch.get_autocast_dtype(x.device.type) if casts else dtype)
     if x.dim() != 4 or x.shape[1] != model.in_chans:
         raise ValueError(
             f"The images have shape {tuple(x.shape)}; expected (batch, {model.in_chans}, height, width). "
@@ -67,3 +61,17 @@ def check_images(model: Any, x: Tensor) -> None:
         bad = int((~torch.isfinite(x)).sum())
         if bad:
             raise ValueError(f"{bad} of {x.numel()} pixels are NaN or infinite; check the images and mean and std.")
+
+
+def _check_range(model: Any, dtype: torch.dtype) -> None:
+    """A net whose states fall from layer to layer, and with them the bounds of a nudge, in float16.
+
+    In products alone, whose factors are states or differences, it is enough that the states are normal numbers.
+    """
+    least, products = model.unit ** len(model.layers), model.settings.gradient == "ep" and model.settings.products
+    drowns = products == "float16" and least < torch.finfo(torch.float16).tiny
+    if drowns or (model.unit < 1 and dtype == torch.float16):
+        raise TypeError(
+            f"float16 has too short a range for this net, whose states fall to {least:.0e} (unit={model.unit:.2g}) and "
+            "their differences further. Use bfloat16, as autocast's dtype or in products."
+        )
