@@ -22,7 +22,7 @@ from runs import SETTINGS, changed_config, make_facts, make_run
 from timm_ep import Settings, cli
 from timm_ep.hub.cards import Card, RunFacts, folder_card
 from timm_ep.hub.export import prepare
-from timm_ep.hub.redaction import redacted, without_folders
+from timm_ep.hub.redaction import redacted, without_folder, without_folders
 from timm_ep.training.evaluate import Validate
 
 ROOT = Path(__file__).parents[2]
@@ -344,12 +344,34 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
         "--at=/data",
         "../up/c",
     ]
-    run = make_run(tmp_path / "run", command=command, teacher="/mnt/t/one", started_from="/home/al/secret/start")
+    for value, shown in (
+        ("/home/al smith/secret/start", "start"),
+        ("hfds//home/al/x/data", "hfds/data"),
+        ("/home/o'brien/secret/x", "x"),
+        ("/home/al/[x]/y", "y"),
+        ("/home/al//secret/run", "run"),
+        ("~al/x, resnet18, /mnt/a/b", "~al/x, resnet18, b"),
+        ("runs/[x]/y/z", "runs/[x]/y/z"),
+        ("hf-hub:al/two", "hf-hub:al/two"),
+    ):
+        assert without_folder(value) == shown
+    given = {"command": command, "teacher": "/mnt/t/one", "started_from": "/home/al/secret/start"}
+    run = make_run(tmp_path / "run", **given, dataset="hfds//mnt/data")
     prepare(run, tmp_path / "folder", "alice/ep_vgg5_025.insects")
     facts = RunFacts.load(tmp_path / "folder" / "results.json")
-    assert (facts.command, facts.teacher, facts.started_from) == (without_folders(command), "one", "start")
+    assert facts.command == without_folders(command)
+    assert (facts.teacher, facts.started_from, facts.dataset) == ("one", "start", "hfds/data")
     for text in (tmp_path / "folder" / "README.md", tmp_path / "folder" / "results.json"):
         assert not re.search("secret|/mnt|two words", text.read_text())
+
+
+def test_the_published_log_is_of_the_epochs_of_the_facts(tmp_path):
+    """Not of those that a resumed run was on its way to."""
+    run = make_run(tmp_path / "run")
+    with (run / "summary.csv").open("a") as file:
+        file.write("3,1.0,70\n")
+    prepare(run, tmp_path / "folder", "alice/ep_vgg5_025.insects")
+    assert (tmp_path / "folder" / "summary.csv").read_text().splitlines()[1:] == ["1,1.5,40", "2,1.2,60"]
 
 
 def test_the_card_of_what_is_published_keeps_its_name(folder):
@@ -367,4 +389,4 @@ def test_limits_are_those_of_the_net(tmp_path):
         texts.append(folder_card(run, "x", "hf-hub:alice/x"))
     for text, weak in zip(texts, (True, False), strict=True):
         assert ("A low feedback gain" in text) == ("after a fixed number of sweeps" in text) == weak
-        assert ("after at most so many sweeps" in text) != weak
+        assert ("ends after at most" in text) != weak

@@ -43,8 +43,8 @@ def test_a_224_pixel_teacher_of_a_32_pixel_student(imagenet_folder):
     with torch.no_grad():
         torch.testing.assert_close(answer.logits, plain(known), rtol=1e-4, atol=1e-4)
         for ours, theirs in zip(answer.features, plain.forward_intermediates(known)[1], strict=True):
-            largest = theirs.abs().amax((1, 2, 3), keepdim=True)
-            torch.testing.assert_close(ours, theirs / largest, rtol=1e-4, atol=1e-4)
+            size = theirs.square().mean((1, 2, 3), keepdim=True).sqrt()
+            torch.testing.assert_close(ours, theirs / size, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "ep_vgg5_025", "test_efficientnet", "resnet18"])
@@ -262,3 +262,16 @@ def test_weights_of_a_model_with_two_heads(tmp_path):
     save_file(model.state_dict(), tmp_path / "deit.safetensors")
     teacher = create_teacher("deit_tiny_distilled_patch16_224", MEAN, STD, tmp_path / "deit.safetensors")
     assert torch.equal(teacher.model.head_dist.weight, model.head_dist.weight)
+
+
+def test_a_feature_with_one_huge_value_is_a_target_of_variance_one(monkeypatch):
+    """As vision transformers have; averaged to a coarser grid too."""
+    feature = torch.randn(2, 384, 14, 14)
+    feature[:, 7, 3, 5] = 300
+    teacher = create_teacher(timm.create_model("test_resnet", num_classes=5), MEAN, STD)
+    monkeypatch.setattr(teacher.model, "forward_intermediates", lambda images: (images, [feature]))
+    monkeypatch.setattr(teacher.model, "forward_head", lambda images: images.new_zeros(2, 5))
+    (found,) = teacher(torch.rand(2, 3, 32, 32)).features
+    for size in (14, 4, 2):
+        pooled = F.adaptive_avg_pool2d(found, size)
+        assert F.layer_norm(pooled, pooled.shape[1:]).var((1, 2, 3)).numpy() == pytest.approx(1, abs=0.01)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from timm_ep.data.loader import EpochOrder
 from timm_ep.hub.cards import RunFacts
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.task import EpTask
+from timm_ep.training import loop
 from timm_ep.training.distributed import World, join_world
 from timm_ep.training.trainer import Trainer
 
@@ -228,3 +230,31 @@ def test_an_absent_device_is_named():
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match="device=cuda is not available"):
         Trainer(device="cuda").run()
+
+
+def train_with_a_late_signal(output, **options):
+    """SIGTERM to the second process alone, once the last update is made."""
+    original = loop.TrainingLoop._end_epoch
+
+    def signalled(self):
+        if self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    loop.TrainingLoop._end_epoch = signalled
+    train(output, **options)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_last_validation_stops_all_processes(tmp_path):
+    options = {**TWO, "epochs": 1}
+    assert codes(start(train_with_a_late_signal, tmp_path, **options)) == [143, 143]
+    assert codes(start(train, tmp_path, resume=True, **options)) == [0, 0]
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_all_damaged_end_every_process(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*.pt"):
+        path.write_text("damaged")
+    assert codes(start(train, tmp_path / "run", resume=True, **TWO)) == [1, 1]

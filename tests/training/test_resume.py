@@ -1,5 +1,6 @@
 """Runs that are killed and resumed against one that was not: bit for bit the same."""
 
+import csv
 import itertools
 import json
 import multiprocessing
@@ -112,10 +113,15 @@ def train(output, kill=None, **options):
             file.write(json.dumps([self.progress.epoch, self.progress.update, seen]) + "\n")
         return original(self, batches, stop)
 
-    loop.TrainingLoop._update = noting
+    finish = Trainer._finish
+
+    def trained(self, *args):  # what comes after is seeded by itself
+        generators = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+        (output / "generators.json").write_text(json.dumps(generators))
+        return finish(self, *args)
+
+    loop.TrainingLoop._update, Trainer._finish = noting, trained
     Trainer(output=output, **{**OPTIONS, **options}).run()
-    generators = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
-    (output / "generators.json").write_text(json.dumps(generators))
 
 
 def in_process(*args, **kwargs):
@@ -271,9 +277,18 @@ def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
     with pytest.raises(ValueError, match="num_classes=7"):
         Trainer(**options_of(tmp_path, model_args={"num_classes": 7}, overwrite=True)).run()
     assert (tmp_path / "results.json").exists()  # what cannot start discards nothing
-    for name in ("README.md", "twin.json"):
-        (tmp_path / name).write_text("of the run that is discarded")
-    kept = {"checkpoints", "args.yaml", "config.json", "model.safetensors", "results.json", "summary.csv", "layers.csv"}
+    (tmp_path / "twin.json").write_text("of the run that is discarded")
+    (tmp_path / "README.md").write_text("whose it is nobody knows")
+    kept = {
+        "README.md",
+        "checkpoints",
+        "args.yaml",
+        "config.json",
+        "model.safetensors",
+        "results.json",
+        "summary.csv",
+        "layers.csv",
+    }
     Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "settling.csv", "curves.png", ".lock"}
     assert load_checkpoint(CheckpointStore(tmp_path / "checkpoints").steps()[0])["options"]["lr"] == 0.1
@@ -364,6 +379,8 @@ def test_the_best_is_what_its_checkpoint_says(tmp_path):
     assert store.repair_best(saved(1, 0))["best_epoch"] == 0
     store.best.write_text("damaged")
     assert store.repair_best(saved(3, 2)) == saved(3, 2)["progress"]
+    assert store.repair_best(saved(2, 2)) == saved(2, 2)["progress"]
+    assert load_checkpoint(store.best)["progress"] == saved(2, 2)["progress"]
 
 
 def test_what_a_killed_process_left_of_a_model_is_removed(tmp_path):
@@ -371,3 +388,19 @@ def test_what_a_killed_process_left_of_a_model_is_removed(tmp_path):
     (tmp_path / ".model-abc" / "model.safetensors").write_text("half")
     Trainer(**options_of(tmp_path)).run()
     assert not (tmp_path / ".model-abc").exists()
+
+
+def test_validation_on_a_noisy_device_does_not_depend_on_the_kill(tmp_path, monkeypatch):
+    noisy = {"val_split": 0.2, "model_args": {**OPTIONS["model_args"], "state_noise": 0.3}}
+    Trainer(**options_of(tmp_path / "unbroken", **noisy)).run()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.TrainingLoop, "_update", stopped_by(15, UPDATES))
+        with pytest.raises(SystemExit):
+            Trainer(**options_of(tmp_path / "broken", **noisy)).run()
+    Trainer(**options_of(tmp_path / "broken", **noisy, resume=True)).run()
+    rows = []
+    for name in ("unbroken", "broken"):
+        with (tmp_path / name / "summary.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        rows.append({name: value for name, value in row.items() if name not in ("seconds", "images_per_second")})
+    assert rows[0] == rows[1]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from timm_ep.base.files import replacing
 from timm_ep.data.datasets import create_loader, open_data
 from timm_ep.hub import export
-from timm_ep.hub.cards import RunFacts
+from timm_ep.hub.cards import Card, RunFacts
+from timm_ep.hub.curves import Plot
 from timm_ep.training.evaluate import Validate, evaluate, load_run
 from timm_ep.training.predict import Predict
 from timm_ep.training.trainer import Trainer
@@ -212,7 +213,7 @@ def test_images_none_of_which_can_be_read_are_named_before_the_training(pictures
     Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "run").run()
     assert "none of the training images can be read of: dark" in capsys.readouterr().err
     damage(pictures / "test")
-    with pytest.raises(ValueError, match="None of the test images can be read, for example because "):
+    with pytest.raises(ValueError, match=r"None of the test images can be read\. .*/test/dark/0\.png"):
         Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "none").run()
     assert not (tmp_path / "none" / "args.yaml").exists()
 
@@ -229,6 +230,8 @@ def test_in_python_paths_may_be_strings(pictures, tmp_path):
     Trainer(**SMALL, data_dir=str(pictures), output=str(tmp_path / "second"), initial_checkpoint=start).run()
     assert Validate(start, data_dir=str(pictures), output=str(tmp_path / "v.json")).run().top1 == first.top1
     assert len(Predict(start, str(pictures / "test"), output=str(tmp_path / "p.csv")).run()) == 16
+    Card(start).run()
+    Plot(start, output=str(tmp_path / "curves.png")).run()
 
 
 def test_the_noise_of_a_device_is_the_same_in_every_test(pictures, tmp_path):

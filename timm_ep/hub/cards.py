@@ -18,7 +18,7 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_ep.base.files import replacing
+from timm_ep.base.files import replacing, strings_to_paths
 from timm_ep.hub.redaction import redacted
 from timm_ep.hub.repository import CONFIG_NAME, TEXT_LIMIT, read_config, verify_config
 
@@ -319,6 +319,9 @@ class Card:
 
     folder: Path
     check: bool = False
+
+    def __post_init__(self) -> None:
+        strings_to_paths(self)
 
     def run(self) -> Path:
         """Write or compare the card, and return its path.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from timm_ep.base.figures import new_figure, save_figure
+from timm_ep.base.files import strings_to_paths
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
 __all__ = ["Plot"]
@@ -27,6 +28,9 @@ class Plot:
     runs: Path
     output: Path = Path("curves.png")
     kind: Literal["curves", "layers"] = "curves"
+
+    def __post_init__(self) -> None:
+        strings_to_paths(self)
 
     def run(self) -> Path:
         """Draw, and return the picture's path.

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from timm_ep.base.files import creating, replacing
 from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
 from timm_ep.hub.curves import Plot
-from timm_ep.hub.redaction import redacted, without_folders
+from timm_ep.hub.redaction import redacted, without_folder, without_folders
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
 from timm_ep.models import EpVgg
 
@@ -156,7 +156,7 @@ def _add_facts(new: Path, home: Path, architecture: str, dataset_id: str | None)
         raise ValueError(f"{home / RESULTS_NAME} is of {facts.architecture!r}, the weights are of {architecture!r}.")
     _to_publish(facts, dataset_id).save(new / RESULTS_NAME)
     if (home / LOG_NAME).exists():
-        _copy_log(home, new)
+        _copy_log(home, new, facts.epochs)
 
 
 def _add_twin(new: Path, run: Path) -> None:
@@ -176,8 +176,9 @@ def _to_publish(facts: RunFacts, dataset_id: str | None = None) -> RunFacts:
     return dataclasses.replace(
         facts,
         command=without_folders(facts.command),
-        teacher=facts.teacher and without_folders(facts.teacher),
-        started_from=facts.started_from and without_folders(facts.started_from),
+        dataset=without_folder(facts.dataset),
+        teacher=facts.teacher and without_folder(facts.teacher),
+        started_from=facts.started_from and without_folder(facts.started_from),
         dataset_id=dataset_id or facts.dataset_id,
     )
 
@@ -194,12 +195,14 @@ def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:
             folder = Path(temporary) / title
             folder.mkdir()
             RunFacts.load(run / RESULTS_NAME).save(folder / RESULTS_NAME)
-            _copy_log(run, folder)
+            _copy_log(run, folder, RunFacts.load(folder / RESULTS_NAME).epochs)
         try:
             Plot(Path(temporary), new / CURVES_NAME).run()
         except ModuleNotFoundError as error:
             raise ValueError("The learning curves need matplotlib: pip install timm_ep[plots]") from error
 
 
-def _copy_log(source: Path, target: Path) -> None:
-    (target / LOG_NAME).write_text(redacted((source / LOG_NAME).read_text(encoding="utf-8")), encoding="utf-8")
+def _copy_log(source: Path, target: Path, epochs: int) -> None:
+    """The epochs that the facts are of; a finished run that is on its way to more has the log of these too."""
+    lines = redacted((source / LOG_NAME).read_text(encoding="utf-8")).splitlines(keepends=True)
+    (target / LOG_NAME).write_text("".join(lines[: epochs + 1]), encoding="utf-8")

@@ -96,7 +96,7 @@ class Export:
         Raises:
             ModuleNotFoundError: ONNX without the packages that it needs.
             ValueError: no such model, a folder that does not pass the checks, a model that cannot be exported, or one
-                whose logits come out by more than 1e-4 of the largest otherwise; then no file is left.
+                whose logits come out by more than 1e-4 of the largest otherwise; then nothing is written.
         """
         model: Any = load(self.model) if Path(self.model).is_dir() else create_named(self.model, pretrained=True).eval()
         set_sweeps(model, self.sweeps)

@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 
-__all__ = ["holds_secret", "redacted", "without_folders"]
+__all__ = ["holds_secret", "redacted", "without_folder", "without_folders"]
 
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SECRETS = (
@@ -27,14 +27,15 @@ def holds_secret(text: str) -> bool:
     return redacted(text) != text
 
 
-# From a slash that begins a path, not one inside of a path or an address, to its last one; lists and JSON end it.
-_FOLDERS = re.compile(r"(?<![\w/.~-])~?/(?:[^'\",\[\]{}/]+/)+(?=[^'\",\[\]{}/])")
+# From where an absolute path begins (a word or an item of it, what follows `local-dir:` or `hfds/`) to its last name.
+_FOLDERS = re.compile(r'(?:^|(?<=[=",\[:])|(?<=[,:] )|(?<=hfds/))~?/(?!/)(?:[^",/]+/+)+(?=[^",/])')
 
 
-def without_folders(text: str) -> str:
-    """A command, or one word of it, with only the last name of each absolute path: whose folders are of one machine."""
-    try:
-        words = shlex.split(text)
-    except ValueError:  # no command line
-        words = [text]
-    return shlex.join(_FOLDERS.sub("", word) for word in words) if len(words) > 1 else _FOLDERS.sub("", text)
+def without_folder(text: str) -> str:
+    """A value with the last name alone of each absolute path in it: the folders are of one machine."""
+    return _FOLDERS.sub("", text)
+
+
+def without_folders(command: str) -> str:
+    """The same of every word of a command."""
+    return shlex.join(map(without_folder, shlex.split(command)))

@@ -21,8 +21,8 @@ _CACHE_LIMIT = 8 * 2**30  # bytes
 class TeacherOutput(NamedTuple):
     """Feature maps, (B, C, H, W) each, from the finest, and logits (B, classes).
 
-    Features are in units of the largest of each image and map: targets are normalised in any case, and the states of a
-    net at λ = 1, which fall to 1e-10, would be nothing in half precision.
+    Features have a mean square of 1 in each image and map: targets are normalised in any case, and the states of a net
+    at λ = 1, which fall to 1e-10, would be nothing in half precision.
     """
 
     features: tuple[Tensor, ...]
@@ -98,9 +98,11 @@ class Teacher(nn.Module):
 
 
 def _in_own_units(feature: Tensor) -> Tensor:
-    """A feature map, (B, C, H, W), over its largest magnitude in each image."""
-    largest = feature.abs().amax((1, 2, 3), keepdim=True)
-    return feature / largest.clamp_min(torch.finfo(feature.dtype).tiny)
+    """A feature map, (B, C, H, W), over its root mean square in each image, in float32 at least."""
+    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    least = torch.finfo(feature.dtype).tiny
+    scaled = feature / feature.abs().amax((1, 2, 3), keepdim=True).clamp_min(least)  # whose squares do not underflow
+    return scaled / scaled.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(least)
 
 
 class TeacherEnsemble(nn.Module):

@@ -14,7 +14,7 @@ import torch
 
 from timm_ep.base.files import replacing
 
-__all__ = ["CheckpointStore", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
+__all__ = ["CheckpointStore", "Newest", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
 
 FORMAT = "timm_ep training checkpoint 1"
 
@@ -108,15 +108,17 @@ class CheckpointStore:
         Where it cannot be read, what the state says.
         """
         progress = state["progress"]
+        if not progress["best_epoch"]:
+            return progress
         try:
-            found = load_checkpoint(self.best)["progress"] if self.best.is_file() else progress
+            found = load_checkpoint(self.best)["progress"] if self.best.is_file() else None
         except UnusableCheckpoint:
-            found = progress
+            found = None
         is_best = progress["best_epoch"] == progress["epoch"] and not progress["update"]
-        if is_best and (found["best_epoch"] < progress["best_epoch"] or not self.best.is_file()):
+        if is_best and (found is None or found["best_epoch"] < progress["best_epoch"]):
             self._write({"format": FORMAT, **state}, self.best)
-            found = progress
-        return found if progress["best_epoch"] else progress
+            return progress
+        return found or progress
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""

@@ -11,7 +11,7 @@ import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import distributed
 
-__all__ = ["World", "join_world"]
+__all__ = ["World", "available", "join_world"]
 
 
 @dataclass(frozen=True)

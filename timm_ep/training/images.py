@@ -63,11 +63,10 @@ def _without(source: DataSource, left_out: dict[str, str]) -> DataSource:
         ValueError: there are none of a part.
     """
     kept = without_images(source, list(left_out))
-    for part, images in {"training": kept.train, "validation": kept.validation, "test": kept.test}.items():
+    for part, images in {"train": kept.train, "validation": kept.validation, "test": kept.test}.items():
         if images is not None and not len(images):
-            raise ValueError(
-                f"None of the {part} images can be read, for example because {next(iter(left_out.values()))}."
-            )
+            reason = next((why for name, why in left_out.items() if name.startswith(f"{part}/")), "there are none.")
+            raise ValueError(f"None of the {part} images can be read. {reason}")
     lost = set(labels_of(source.train) or ()) - set(labels_of(kept.train) or ())
     if not lost:
         return kept

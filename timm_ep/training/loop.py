@@ -319,6 +319,7 @@ class TrainingLoop:
             "test_accuracy": "",
         }
         best = False
+        seed_everything("test", progress.epoch)  # for a net with the noise of a device, and diagnoses of random signs
         if self.validation is not None:
             validated = self.evaluate(self.validation)
             row.update(val_loss=validated.loss, val_accuracy=validated.top1)

@@ -4,7 +4,7 @@ import shutil
 import sys
 from typing import Any
 
-from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
+from timm_ep.hub.cards import CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
 from timm_ep.hub.export import clean
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
 from timm_ep.training.checkpoints import CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
@@ -65,7 +65,7 @@ def discard(options: TrainingOptions, store: CheckpointStore) -> None:
     """Remove what the folder of an earlier run would be resumed or read from."""
     shutil.rmtree(store.folder, ignore_errors=True)
     for name in (
-        *(RESULTS_NAME, LOG_NAME, CURVES_NAME, CARD_NAME, TWIN_NAME, WEIGHTS_NAME, CONFIG_NAME),
+        *(RESULTS_NAME, LOG_NAME, CURVES_NAME, TWIN_NAME, WEIGHTS_NAME, CONFIG_NAME),
         *("layers.csv", "settling.csv", "bad_images.txt"),
     ):
         (options.output / name).unlink(missing_ok=True)
