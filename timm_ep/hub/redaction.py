@@ -37,5 +37,10 @@ def without_folder(text: str) -> str:
 
 
 def without_folders(command: str) -> str:
-    """The same of every word of a command."""
-    return shlex.join(map(without_folder, shlex.split(command)))
+    """The same of every word of a command; where it has none, or is no command at all, the text as it is."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # whoever wrote it, not the trainer
+        return without_folder(command)
+    changed = [without_folder(word) for word in words]
+    return command if changed == words else shlex.join(changed)
