@@ -194,8 +194,9 @@ def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:
         for title, run in runs.items():
             folder = Path(temporary) / title
             folder.mkdir()
-            RunFacts.load(run / RESULTS_NAME).save(folder / RESULTS_NAME)
-            _copy_log(run, folder, RunFacts.load(folder / RESULTS_NAME).epochs)
+            facts = RunFacts.load(run / RESULTS_NAME)
+            facts.save(folder / RESULTS_NAME)
+            _copy_log(run, folder, facts.epochs)
         try:
             Plot(Path(temporary), new / CURVES_NAME).run()
         except ModuleNotFoundError as error:

@@ -316,8 +316,8 @@ def verify(folder: str | os.PathLike[str]) -> nn.Module:
 def named_architecture(folder: str | os.PathLike[str]) -> str | None:
     """The architecture that a folder's config.json names; None for this package's, or where it is to be found wrong."""
     try:
-        name = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        name = _read_object(Path(folder) / CONFIG_NAME)["architecture"]
+    except (OSError, ValueError, LookupError):
         return None
     return name if isinstance(name, str) and timm.is_model(name) and not _is_ours(name) else None
 

@@ -68,9 +68,9 @@ def _check_range(model: Any, dtype: torch.dtype) -> None:
 
     In products alone, whose factors are states or differences, it is enough that the states are normal numbers.
     """
-    least, products = model.unit ** len(model.layers), model.settings.gradient == "ep" and model.settings.products
-    drowns = products == "float16" and least < torch.finfo(torch.float16).tiny
-    if drowns or (model.unit < 1 and dtype == torch.float16):
+    least, settings = model.unit ** len(model.layers), model.settings
+    in_products = settings.gradient == "ep" and settings.products == "float16"
+    if (model.unit < 1 and dtype == torch.float16) or (in_products and least < torch.finfo(torch.float16).tiny):
         raise TypeError(
             f"float16 has too short a range for this net, whose states fall to {least:.0e} (unit={model.unit:.2g}) and "
             "their differences further. Use bfloat16, as autocast's dtype or in products."

@@ -71,13 +71,7 @@ def _without(source: DataSource, left_out: dict[str, str]) -> DataSource:
     if not lost:
         return kept
     names = ", ".join(source.classes[label] for label in sorted(lost))
-    return replace(
-        kept,
-        notes=(
-            *kept.notes,
-            f"none of the training images can be read of: {names}",
-        ),
-    )
+    return replace(kept, notes=(*kept.notes, f"none of the training images can be read of: {names}"))
 
 
 def plain_loader(
