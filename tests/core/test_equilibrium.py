@@ -221,11 +221,38 @@ def test_recomputation_changes_no_gradient(gradient):
         assert_close(grad, stored[name])
 
 
-def test_gradients_are_not_differentiable_twice():
-    model, (x, y) = make_net(4), make_batch()
-    grad = torch.autograd.grad(F.cross_entropy(model(x), y), model.layers[0].weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("live", [False, True])
+def test_second_derivatives_are_refused_where_there_are_none(live):
+    model, (x, y) = make_net(4, forces="live" if live else "frozen", feedback=1.0, beta=0.1), make_batch()
+
+    def objective(states):
+        return F.cross_entropy(model.output(states), y)
+
+    def loss():
+        return model.live_loss(x, objective)[0] if live else objective(model.equilibrium(x))
+
+    with pytest.raises(NotImplementedError, match=r"first derivatives.*bptt"):
+        torch.autograd.grad(loss(), model.layers[0].weight, create_graph=True)
+    loss().backward()
+    assert model.layers[0].weight.grad.norm() > 0
+
+
+def test_second_derivatives_of_bptt_are_those_of_finite_differences():
+    model, (x, y) = make_net(4, gradient="bptt"), make_batch()
+    weight = model.layers[1].weight
+    step = torch.randn(weight.shape, dtype=weight.dtype)
+
+    def gradient(**kwargs):
+        return torch.autograd.grad(F.cross_entropy(model(x), y), weight, **kwargs)[0]
+
+    product = torch.autograd.grad((gradient(create_graph=True) * step).sum(), weight)[0]
+    ends = []
+    with torch.no_grad():
+        for side in (1e-6, -2e-6):
+            weight.add_(side * step)
+            with torch.enable_grad():
+                ends.append(gradient())
+    assert_close(product, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-8)
 
 
 def test_inference_mode_and_no_grad_give_the_same_logits():

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from timm_ep.core.convolution import convolutions_only
 from timm_ep.core.device import as_built, device_free_phase, device_nudged_phase
@@ -120,6 +119,22 @@ def no_autocast(device: str) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if casts else nullcontext()
 
 
+def refuse_second_derivatives() -> None:
+    """To be called in a `backward` whose result is an estimate, not a function with a derivative of its own.
+
+    torch's `once_differentiable` speaks up only where its own result is differentiated: a penalty on gradients, or a
+    second-order optimizer, would get the share of the read-out, which lies outside, as if it were all.
+
+    Raises:
+        NotImplementedError: a graph of the gradient is asked for.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "EP estimates first derivatives; of create_graph=True (a penalty on gradients, a second-order optimizer) "
+            "it knows nothing. Set model.gradient = 'bptt' for those."
+        )
+
+
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -145,8 +160,8 @@ class _Equilibrium(torch.autograd.Function):
         return tuple(free.states)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         depth = len(ctx.couplings)
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)

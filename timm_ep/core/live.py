@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from timm_ep.core.energy import Net
-from timm_ep.core.equilibrium import averaged, contrast, no_autocast, prepared
+from timm_ep.core.equilibrium import averaged, contrast, no_autocast, prepared, refuse_second_derivatives
 from timm_ep.core.free_phase import FreePhase, free_phase, phase_at
 from timm_ep.core.nudged_phase import coordinate_scales, newest_winners, nudged_phase, nudged_states, nudging_strengths
 from timm_ep.core.settings import Settings
@@ -93,8 +92,8 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives()
         return (None, None, *(None if known is None else known * grad.to(known.dtype) for known in ctx.saved_tensors))
 
 
