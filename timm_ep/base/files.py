@@ -6,23 +6,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["creating", "only_one", "replacing", "strings_to_paths"]
+__all__ = ["creating", "only_one", "replacing"]
 
 _LOCK_SECONDS = 3.0  # a killed owner's own processes, which hold the lock too, end in less
-
-
-def strings_to_paths(options: Any) -> None:
-    """Make paths of a command's options that are paths and were given as strings, as in Python they may be."""
-    for option in fields(options):
-        value = getattr(options, option.name)
-        if isinstance(value, str) and option.type in (Path, Path | None):
-            setattr(options, option.name, Path(value))
 
 
 @contextmanager

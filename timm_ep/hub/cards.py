@@ -18,7 +18,8 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_ep.base.files import replacing, strings_to_paths
+from timm_ep.base.files import replacing
+from timm_ep.base.options import Options
 from timm_ep.hub.redaction import redacted
 from timm_ep.hub.repository import CONFIG_NAME, TEXT_LIMIT, read_config, verify_config
 
@@ -307,7 +308,7 @@ def folder_card(folder: str | os.PathLike[str], name: str, source: str) -> str:
 
 
 @dataclass
-class Card:
+class Card(Options):
     """Write the model card of a folder, README.md, from its config.json, results.json and twin.json.
 
     What was written to be published, or pulled, keeps the name that it has on the Hub.
@@ -319,9 +320,6 @@ class Card:
 
     folder: Path
     check: bool = False
-
-    def __post_init__(self) -> None:
-        strings_to_paths(self)
 
     def run(self) -> Path:
         """Write or compare the card, and return its path.

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from timm_ep.base.figures import new_figure, save_figure
-from timm_ep.base.files import strings_to_paths
+from timm_ep.base.options import Options
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
 __all__ = ["Plot"]
 
 
 @dataclass
-class Plot:
+class Plot(Options):
     """Draw runs side by side: how they learned, or what each of their layers saw.
 
     Args:
@@ -28,9 +28,6 @@ class Plot:
     runs: Path
     output: Path = Path("curves.png")
     kind: Literal["curves", "layers"] = "curves"
-
-    def __post_init__(self) -> None:
-        strings_to_paths(self)
 
     def run(self) -> Path:
         """Draw, and return the picture's path.

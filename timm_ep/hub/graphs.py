@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from timm_ep.base.files import replacing
+from timm_ep.base.options import Options
 from timm_ep.hub.repository import load
 from timm_ep.models import EpVgg
 from timm_ep.models.named import create_named, set_sweeps
@@ -68,7 +69,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path) -> Callable[
 
 
 @dataclass
-class Export:
+class Export(Options):
     """Write a trained model's inference to a file that runs without this package, and compare its answers.
 
     It takes normalised images, (batch, channels, height, width), any number at a time, and gives logits. The sweeps of

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from timm_ep.base.files import creating
+from timm_ep.base.options import Options
 from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
 from timm_ep.hub.export import prepare
 from timm_ep.hub.redaction import holds_secret, redacted
@@ -299,7 +300,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclass
-class Publish:
+class Publish(Options):
     """Publish a run on the Hugging Face Hub: weights (safetensors), configuration, model card, log and curves.
 
     The access token is that of `hf auth login`, or of the variable HF_TOKEN; it is no option, as options end in logs.
@@ -348,7 +349,7 @@ class Publish:
 
 
 @dataclass
-class Pull:
+class Pull(Options):
     """Download a model from the Hugging Face Hub, and check it before it is put in place.
 
     Args:

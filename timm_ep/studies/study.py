@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from timm_ep.base.figures import new_figure, save_figure
-from timm_ep.base.files import replacing, strings_to_paths
+from timm_ep.base.files import replacing
+from timm_ep.base.options import Options
 from timm_ep.base.text import in_order
 from timm_ep.core.settings import SETTING_NAMES, Settings
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
@@ -50,7 +51,7 @@ class Row:
 
 
 @dataclass
-class Study:
+class Study(Options):
     """Table and figures of many finished runs of `ep_vgg*`: accuracy and nudge by signals, over depth or a setting.
 
     Args:
@@ -66,7 +67,7 @@ class Study:
     over: str | None = None
 
     def __post_init__(self) -> None:
-        strings_to_paths(self)
+        super().__post_init__()
         if self.over is not None and self.over not in SETTING_NAMES:
             raise ValueError(f"over={self.over!r} is no setting; choose one of {', '.join(SETTING_NAMES)}.")
 

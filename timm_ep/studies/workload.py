@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_ep.base.options import Options
 from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.data.datasets import DataSource, create_loader, limit, open_data
 from timm_ep.data.transforms import run_transform
@@ -23,7 +24,7 @@ __all__ = ["Workload", "autocast", "changed", "inference_step", "make_training_s
 
 
 @dataclass
-class Workload:
+class Workload(Options):
     """A model and a batch of images, as options: they can be sent to another process, which then makes the same.
 
     Args:
@@ -55,6 +56,7 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model.startswith("ep_vgg") and not Path(self.model).is_dir():
             raise ValueError(f"{self.model} is no ep_vgg* and no folder of a run: it does not settle.")
         for name, least in {"batch_size": 1, "img_size": 1, "classes": 2, "threads": 1}.items():

@@ -15,6 +15,7 @@ from timm.models.vgg import VGG
 from torch import Tensor, nn
 
 from timm_ep.base.files import creating
+from timm_ep.base.options import Options
 from timm_ep.data.datasets import create_loader, limit, open_data
 from timm_ep.data.transforms import channel_values, image_transform
 from timm_ep.hub.export import save
@@ -81,7 +82,7 @@ def calibrate(model: EpVgg, images: Tensor, quantile: float = 0.999) -> list[flo
 
 
 @dataclass
-class Convert:
+class Convert(Options):
     """Make a start for EP of a feedforward VGG of timm: its kernels, calibrated on images, under a new read-out.
 
     Args:

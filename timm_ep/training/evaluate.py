@@ -11,7 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from timm_ep.base.files import replacing, strings_to_paths
+from timm_ep.base.files import replacing
+from timm_ep.base.options import Options
 from timm_ep.base.text import same_name
 from timm_ep.data.datasets import create_loader, open_data
 from timm_ep.data.loader import seed_everything
@@ -102,7 +103,7 @@ def accuracy_line(top1: float, architecture: str, facts: RunFacts | None) -> str
 
 
 @dataclass
-class Validate:
+class Validate(Options):
     """Test a saved run again on its test images.
 
     Args:
@@ -124,9 +125,6 @@ class Validate:
     workers: int = 0
     sweeps: int | None = None
     output: Path | None = None
-
-    def __post_init__(self) -> None:
-        strings_to_paths(self)
 
     def run(self) -> Evaluation:
         """Print and return the accuracy.

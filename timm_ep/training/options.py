@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from timm_ep.base.files import replacing, strings_to_paths
+from timm_ep.base.files import replacing
+from timm_ep.base.options import Options
 
 __all__ = ["TrainingOptions"]
 
@@ -31,7 +32,7 @@ _ONCE = {"resume", "overwrite"}  # for this start of the run alone
 
 
 @dataclass
-class TrainingOptions:
+class TrainingOptions(Options):
     """All that a training can be told.
 
     Args:
@@ -218,7 +219,7 @@ class TrainingOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        strings_to_paths(self)
+        super().__post_init__()
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:

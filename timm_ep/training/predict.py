@@ -14,7 +14,7 @@ from typing import IO
 import torch
 from PIL import Image
 
-from timm_ep.base.files import strings_to_paths
+from timm_ep.base.options import Options
 from timm_ep.data.datasets import open_data
 from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
@@ -26,7 +26,7 @@ Answer = list[tuple[str, float]]
 
 
 @dataclass
-class Predict:
+class Predict(Options):
     """Classify an image, or all images in a folder, with a saved run; without any, some of the run's test images.
 
     In a folder, files that are no pictures by their names are passed over, and links are followed. Pictures that cannot
@@ -53,7 +53,7 @@ class Predict:
     sweeps: int | None = None
 
     def __post_init__(self) -> None:
-        strings_to_paths(self)
+        super().__post_init__()
         if self.top < 1 or self.batch_size < 1:
             raise ValueError(f"top={self.top} and batch_size={self.batch_size} must be at least 1.")
         if self.output is not None and self.output.suffix not in (".csv", ".json"):

@@ -168,7 +168,7 @@ class Trainer(TrainingOptions):
         return task.get_eval_model(ema=task.has_ema())
 
     def _save_model(self, model: Any, images: RunImages) -> None:
-        save(self.output, model, images.source.classes, images.size, images.mean, images.std, self.model_args)
+        save(self.output, model, images.source.classes, images.size, images.mean, images.std)
 
     def _plot(self, log: RunLog) -> None:
         if find_spec("matplotlib") is None:
