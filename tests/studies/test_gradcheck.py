@@ -13,6 +13,7 @@ from conftest import make_batch, make_net
 from timm_ep import EpVgg, cli, gradient_check
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
+from timm_ep.studies import exact as exact_module
 from timm_ep.studies.gdu import step_check
 from timm_ep.studies.gradcheck import exact_gradients
 from timm_ep.studies.reference import Reference
@@ -21,17 +22,91 @@ from timm_ep.studies.workload import Workload
 
 def test_rows_are_the_cosine_and_ratio_of_the_two_gradients():
     model, (x, y) = make_net(4, feedback=0.3), make_batch()
-    rows = gradient_check(model, x, y, sweeps=30)
+    rows = gradient_check(model, x, y)
     assert model.layers[0].weight.grad is None
     ours, exact = copy.deepcopy(model), copy.deepcopy(model)
-    exact.gradient, exact.free_sweeps = "bptt", 30
+    exact.gradient, exact.free_sweeps = "bptt", 60
     for net in (ours, exact):
         F.cross_entropy(net(x), y).backward()
     for row, one, other in zip(rows, ours.layers, exact.layers, strict=True):
         a, b = one.weight.grad, other.weight.grad
-        assert row.cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()))
-        assert row.norm_ratio == pytest.approx(float(a.norm() / b.norm()))
+        assert row.cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), abs=1e-4)
+        assert row.norm_ratio == pytest.approx(float(a.norm() / b.norm()), rel=1e-4)
     assert [row.layer for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"feedback": 0.3},
+        {"feedback": 1.0, "pool": "max"},
+        {"feedback": 0.5, "readout": "state"},
+        {"feedback": 0.0},
+        {"feedback": 0.3, "update": "synchronous", "start": "zero", "free_sweeps": 5, "tol": 0.1},
+        {"feedback": 0.3, "gradient": "backprop"},
+    ],
+)
+def test_the_exact_gradient_is_that_of_finite_differences_at_the_equilibrium(settings):
+    """Whatever the sweeps, the tolerance and the gradient of the model."""
+    model, (x, y) = make_net(4, 0.3, **settings), make_batch()
+    criterion = readout_criterion(model)
+    signal = LocalErrors(model, 0.5).double()
+    exact = exact_gradients(model, x, y, signal=signal)
+    assert exact.converged
+    rested = copy.deepcopy(model)
+    rested.settings = dataclasses.replace(model.settings, gradient="bptt", free_sweeps=300, tol=0.0)
+
+    def loss() -> float:
+        states = rested.equilibrium(x)
+        return float(criterion(rested.output(states), y) + signal(states, y))
+
+    for layer, gradient in zip(rested.layers, exact.gradients, strict=True):
+        direction = torch.randn_like(layer.weight)
+        ends = []
+        with torch.no_grad():
+            for side in (1e-5, -2e-5):
+                layer.weight.add_(side * direction)
+                ends.append(loss())
+            layer.weight.add_(1e-5 * direction)
+        expected = (ends[0] - ends[1]) / 2e-5
+        assert float(gradient @ direction.flatten()) == pytest.approx(expected, abs=1e-3 * float(gradient.norm()))
+
+
+def test_a_net_that_does_not_come_to_rest_has_no_exact_gradient(capsys, monkeypatch):
+    monkeypatch.setattr(exact_module, "_MOST_STEPS", 1)
+    model, (x, y) = make_net(4, feedback=1.0), make_batch()
+    with pytest.warns(UserWarning, match="does not come to rest, so that there is no exact gradient"):
+        gradient_check(model, x, y)
+    cli.main(["gradcheck", "ep_vgg5_025", "--batch-size", "2", "--over", "feedback", "--at", "[0.0001,1]"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("feedback 1: the net does not come to rest")
+
+
+def test_other_gradients_than_eps_are_compared(capsys):
+    options = ["gradcheck", "ep_vgg5_025", "--batch-size", "4", "--model-args.feedback", "0.05", "--json"]
+    cli.main([*options, "--over", "gradient", "--at", "[ep,bptt,backprop,local]"])
+    ep, bptt, backprop, local = json.loads(capsys.readouterr().out)
+    assert min(row["cosine"] for row in ep["layers"]) > 0.9
+    assert min(row["cosine"] for row in bptt["layers"]) > min(row["cosine"] for row in backprop["layers"])
+    assert [row["norm_ratio"] for row in local["layers"]][:3] == [0, 0, 0]
+    cli.main([*options, "--model-args.gradient", "backprop"])
+    assert json.loads(capsys.readouterr().out)[0]["layers"] == backprop["layers"]
+
+
+def test_dropout_and_frozen_layers_change_nothing():
+    model, (x, y) = make_net(4, feedback=0.3), make_batch()
+    expected = gradient_check(model, x, y)
+    model.head.drop.p = model.drop_rate = 0.5
+    model.train().layers[1].requires_grad_(False)
+    assert gradient_check(model, x, y) == expected
+    assert model.training
+    assert not model.layers[1].weight.requires_grad
+
+
+def test_what_does_not_settle_is_refused():
+    with pytest.raises(ValueError, match="ResNet does not settle; expected an ep_vgg"):
+        gradient_check(timm.create_model("test_resnet"), *make_batch())
 
 
 def test_more_sweeps_bring_the_gradient_closer():
@@ -151,6 +226,20 @@ def test_the_updates_are_those_of_the_code_that_trains(settings):
         before = after
 
 
+def test_a_signal_reaches_every_layer_in_the_first_step():
+    model, (x, y) = make_net(4, 0.3, feedback=0.3), make_batch()
+    signal = LocalErrors(model, 0.5)
+    weight = signal.classifiers[0].weight
+    assert weight.dtype == torch.float64
+    alone = {(row.layer, row.step): row for row in step_check(model, x, y, steps=6).rows}
+    rows = {(row.layer, row.step): row for row in step_check(model, x, y, signal=signal.float(), steps=6).rows}
+    assert signal.classifiers[0].weight.dtype == torch.float32
+    assert alone[1, 0].bptt_norm == 0
+    for row in rows.values():
+        assert row.cosine > 0.9999
+        assert row.ep_norm == pytest.approx(row.bptt_norm, rel=1e-3)
+
+
 def test_the_steps_are_all_taken_whatever_the_tolerance():
     """A phase that would end early, as it rests, is one of fewer steps; here every step is looked at."""
     model, (x, y) = make_net(4, 0.4), make_batch()
@@ -174,11 +263,11 @@ def test_live_models_are_checked_by_live_nudging():
     rows = gradient_check(model, x, y)
     ours, exact = copy.deepcopy(model), copy.deepcopy(model)
     ours.live_loss(x, lambda states: F.cross_entropy(ours.output(states), y))[0].backward()
-    exact.gradient = "bptt"
+    exact.gradient, exact.free_sweeps = "bptt", 250
     F.cross_entropy(exact(x), y).backward()
     for row, one, other in zip(rows, ours.layers, exact.layers, strict=True):
         cosine = F.cosine_similarity(one.weight.grad.flatten(), other.weight.grad.flatten(), 0)
-        assert row.cosine == pytest.approx(cosine.item(), abs=1e-6)
+        assert row.cosine == pytest.approx(cosine.item(), abs=1e-4)
 
 
 def test_signals_enter_both_gradients():
@@ -187,7 +276,7 @@ def test_signals_enter_both_gradients():
     for row in gradient_check(model, x, y, signal=signal):
         assert row.cosine > 0.9999
         assert row.norm_ratio == pytest.approx(1, abs=0.01)
-    exact, plain = exact_gradients(model, x, y, signal=signal), exact_gradients(model, x, y)
+    exact, plain = (exact_gradients(model, x, y, signal=given).gradients for given in (signal, None))
     twin = copy.deepcopy(model)
     twin.settings = dataclasses.replace(model.settings, gradient="bptt")
     states = twin.equilibrium(x)

@@ -1,14 +1,22 @@
 """The loss at the read-out."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from timm.loss import create_classification_loss
 from torch import Tensor, nn
 
+from timm_ep.core.live import LossOfStates
 from timm_ep.models import EpVgg
 
-__all__ = ["SquaredError", "readout_criterion"]
+__all__ = ["Criterion", "Signal", "SquaredError", "loss_of_states", "readout_criterion"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""A loss of outputs and labels, a mean over the batch."""
+
+Signal = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""A loss of the states s_1…s_N and the labels, such as `timm_ep.LocalErrors`."""
 
 
 class SquaredError(nn.Module):
@@ -48,3 +56,23 @@ def readout_criterion(model: Any, name: str | None = None, **kwargs: Any) -> nn.
     if kwargs.get("smoothing"):
         raise ValueError(f"smoothing={kwargs['smoothing']} is of cross-entropy; set it to 0 for the squared error.")
     return SquaredError()
+
+
+def loss_of_states(
+    model: EpVgg, labels: Tensor, criterion: Criterion | None = None, signal: Signal | None = None
+) -> LossOfStates:
+    """The loss of a model's output, and of a signal beside it, as a function of the states s_1…s_N.
+
+    Args:
+        model: whose output it is.
+        labels: (B,), or whatever the criterion takes.
+        criterion: by default that of the model's read-out.
+        signal: a further loss.
+    """
+    criterion = criterion or readout_criterion(model)
+
+    def loss_of(states: Sequence[Tensor]) -> Tensor:
+        loss = criterion(model.output(states), labels)
+        return loss if signal is None else loss + signal(states, labels)
+
+    return loss_of

@@ -24,9 +24,10 @@ from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_fi
 from timm_ep.core.energy import Net
 from timm_ep.core.equilibrium import contrast, normalised_forces
 from timm_ep.core.free_phase import free_phase, phase_at, relative_changes
+from timm_ep.core.live import LossOfStates
 from timm_ep.core.nudged_phase import NudgedPhase, newest_winners, nudged_phase, nudging_strengths
 from timm_ep.models import EpVgg
-from timm_ep.signals.losses import readout_criterion
+from timm_ep.signals.losses import Criterion, loss_of_states
 
 __all__ = ["StepCheck", "StepChecks", "draw_steps", "step_check"]
 
@@ -65,19 +66,27 @@ class StepChecks:
 
 
 def step_check(
-    model: EpVgg, images: Tensor, labels: Tensor, criterion: Any = None, steps: int = 30, free_steps: int | None = None
+    model: EpVgg,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Criterion | None = None,
+    signal: nn.Module | None = None,
+    steps: int = 30,
+    free_steps: int | None = None,
 ) -> StepChecks:
     """Compare EP with BPTT step by step, in float64, so that rounding has no part in it.
 
     Holds about four times `steps` copies of the kernels at once, in 8 bytes a weight.
 
-    The settings are the model's, β, forces and nudging too; only the update is synchronous.
+    The settings are the model's, β, forces and nudging too; only the update is synchronous, and the net is the ideal
+    one without the noise of a device.
 
     Args:
         model: any `ep_vgg*`; it is left as it is.
         images: (B, in_chans, H, W).
         labels: (B,), or whatever the criterion takes.
         criterion: loss of outputs and labels, a mean over the batch; by default that of the model's read-out.
+        signal: a further loss, of the states and the labels, such as `timm_ep.LocalErrors`.
         steps: of the nudged phase, and of BPTT from the end of the free phase. It takes two more than layers until all
             that reaches the first layer directly is there.
         free_steps: T, at least `steps`; by default the larger of the model's own, `steps` and 200.
@@ -90,14 +99,14 @@ def step_check(
     free_steps = max(_FREE_STEPS, steps, model.settings.free_sweeps) if free_steps is None else free_steps
     if not 1 <= steps <= free_steps:
         raise ValueError(f"steps={steps} must be at least 1, and free_steps={free_steps} at least as many.")
-    criterion = criterion or readout_criterion(model)
+    loss_of = loss_of_states(model, labels, criterion, signal and copy.deepcopy(signal).double())
     with torch.no_grad():
         net = model.net((images.shape[-2], images.shape[-1]))
         trajectory = _trajectory(model, net, images, steps, free_steps)
-    output_gradient = _loss_gradient(model, criterion, trajectory[-1], labels)
-    exact = _bptt_contributions(model, net, images, trajectory, output_gradient)
+    gradient = _loss_gradient(loss_of, trajectory[-1])
+    exact = _bptt_contributions(model, net, images, trajectory, gradient)
     with torch.no_grad():
-        updates = _ep_updates(model, net, images, trajectory, criterion, labels, steps)
+        updates = _ep_updates(model, net, images, trajectory, loss_of, steps)
     rows = []
     for layer in range(len(net.kernels)):
         least = 1e-12 * max(gradients[layer].norm().item() for gradients in exact)
@@ -118,10 +127,9 @@ def _trajectory(model: EpVgg, net: Net, x: Tensor, steps: int, free_steps: int) 
     return states
 
 
-def _loss_gradient(model: EpVgg, criterion: nn.Module, states: list[Tensor], labels: Tensor) -> list[Tensor]:
+def _loss_gradient(loss_of: LossOfStates, states: list[Tensor]) -> list[Tensor]:
     leaves = [state.detach().requires_grad_() for state in states]
-    loss = criterion(model.output(leaves), labels)
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad(loss_of(leaves), leaves, allow_unused=True, materialize_grads=True))
 
 
 def _bptt_contributions(
@@ -142,7 +150,7 @@ def _bptt_contributions(
 
 
 def _ep_updates(
-    model: EpVgg, net: Net, x: Tensor, trajectory: list[list[Tensor]], criterion: nn.Module, labels: Tensor, steps: int
+    model: EpVgg, net: Net, x: Tensor, trajectory: list[list[Tensor]], loss_of: LossOfStates, steps: int
 ) -> list[list[Tensor]]:
     """Δ_EP(t) of every kernel, the mean over the nudged phases of the settings."""
     settings = replace(model.settings, update="synchronous", nudged_sweeps=steps, tol=0.0)
@@ -154,7 +162,7 @@ def _ep_updates(
 
     def live(at: list[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            return [g * len(x) for g in _loss_gradient(model, criterion, at, labels)]
+            return [g * len(x) for g in _loss_gradient(loss_of, at)]
 
     frozen, scales = normalised_forces(live(states))
     forces, weights = (live, 1.0) if settings.forces == "live" else (frozen, scales)

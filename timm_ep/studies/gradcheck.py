@@ -1,8 +1,9 @@
-"""How well a net settles and how well EP follows BPTT, at init or trained."""
+"""How well a net settles, and how well EP follows the exact gradient, at init or trained."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
+from timm_ep.base.options import Options
 from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.models import EpVgg
 from timm_ep.signals.local_errors import LocalErrors
-from timm_ep.signals.losses import readout_criterion
+from timm_ep.signals.losses import Criterion, Signal, loss_of_states
+from timm_ep.studies.exact import ExactGradient, exact_gradient
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.studies.workload import Workload, changed
 
-# Sweeps of the exact gradient: at every default λ the residual is below 1e-4 by then.
-_CONVERGED_SWEEPS = 24
 _PLOTTED_STEPS = 30
-
-Signal = Callable[[Sequence[Tensor], Tensor], Tensor]
-"""A loss of the states s_1…s_N and the labels."""
+_UNSETTLED = "The net does not come to rest, so that there is no exact gradient to compare with"
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """The EP gradient of one layer's kernel beside the exact one: cosine, and ratio of the norms EP/exact."""
+    """A gradient of one layer's kernel beside the exact one: cosine, and ratio of the norms to the exact one's."""
 
     layer: int
     cosine: float
@@ -38,63 +37,63 @@ class LayerCheck:
 
 
 def gradient_check(
-    model: EpVgg,
-    images: Tensor,
-    labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-    sweeps: int | None = None,
-    signal: Signal | None = None,
+    model: EpVgg, images: Tensor, labels: Tensor, criterion: Criterion | None = None, signal: Signal | None = None
 ) -> list[LayerCheck]:
-    """Compare the EP gradient, by the model's settings, with autograd through the converged settling.
+    """Compare the gradient that the model's settings give, EP by default, with the exact one at the equilibrium.
+
+    Both are taken in eval mode, as dropout would give each a mask of its own, and for frozen layers too.
 
     Args:
         model: any `ep_vgg*`; it is left as it is. With live forces, EP is `model.live_loss`.
-        images: (B, in_chans, H, W). The exact gradient stores `sweeps` times the states of these.
+        images: (B, in_chans, H, W).
         labels: (B,), or whatever the criterion takes.
         criterion: loss of outputs and labels, a mean over the batch; by default that of the model's read-out.
-        sweeps: free sweeps of the exact gradient; by default the larger of the model's own and 24.
         signal: a further loss, of the states and the labels, such as `timm_ep.LocalErrors`.
 
     Returns:
-        one row a layer, from the first.
+        one row a layer, from the first. Where the net does not come to rest there is a warning: it has no exact
+        gradient.
+
+    Raises:
+        ValueError: a model that does not settle.
     """
-    exact = exact_gradients(model, images, labels, criterion, sweeps, signal)
-    return compared(weight_gradients(model, images, labels, criterion, signal, gradient="ep"), exact)
+    exact = exact_gradients(model, images, labels, criterion, signal)
+    if not exact.converged:
+        warnings.warn(f"{_UNSETTLED}: {_changes(exact)}.", stacklevel=2)
+    return compared(weight_gradients(model, images, labels, criterion, signal), exact.gradients)
 
 
 def exact_gradients(
-    model: EpVgg,
-    images: Tensor,
-    labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-    sweeps: int | None = None,
-    signal: Signal | None = None,
-) -> list[Tensor]:
-    """The gradient of every layer's kernel by autograd through the converged settling; see `gradient_check`."""
-    sweeps = max(_CONVERGED_SWEEPS, model.settings.free_sweeps) if sweeps is None else sweeps
-    return weight_gradients(model, images, labels, criterion, signal, gradient="bptt", free_sweeps=sweeps, tol=0.0)
+    model: EpVgg, images: Tensor, labels: Tensor, criterion: Criterion | None = None, signal: Signal | None = None
+) -> ExactGradient:
+    """The gradient of every layer's kernel at the equilibrium; see `gradient_check`."""
+    twin = _measured(model)
+    return exact_gradient(twin, images, loss_of_states(twin, labels, criterion, signal))
 
 
 def weight_gradients(
     model: EpVgg,
     images: Tensor,
     labels: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    criterion: Criterion | None = None,
     signal: Signal | None = None,
     **settings: Any,
 ) -> list[Tensor]:
     """The gradient of every layer's kernel, flat and in float64, with some of the model's settings changed."""
-    criterion = criterion or readout_criterion(model)
-    twin = changed(model, **settings)
+    twin = _measured(model, **settings)
     twin.set_grad_checkpointing()
-
-    def loss_of(states: Sequence[Tensor]) -> Tensor:
-        loss = criterion(twin.output(states), labels)
-        return loss if signal is None else loss + signal(states, labels)
-
+    loss_of = loss_of_states(twin, labels, criterion, signal)
     loss = twin.live_loss(images, loss_of)[0] if twin.settings.live else loss_of(twin.equilibrium(images))
     weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
-    return [gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)]
+    # With gradient="local" a layer without a signal has none.
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return [gradient.double().flatten() for gradient in gradients]
+
+
+def _measured(model: EpVgg, **settings: Any) -> EpVgg:
+    if not isinstance(model, EpVgg):
+        raise ValueError(f"{type(model).__name__} does not settle; expected an ep_vgg*.")
+    return changed(model, **settings).eval().requires_grad_(True)
 
 
 def compared(gradients: Sequence[Tensor], exact: Sequence[Tensor]) -> list[LayerCheck]:
@@ -115,7 +114,8 @@ class Report:
         residuals: ‖Δs_l‖/‖s_l‖ in each free sweep, the largest over the layers.
         feedback_shares: ‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer.
         couplings: √λ‖P_l W_l‖ of every layer (`timm_ep.core.coupling`).
-        layers: EP beside BPTT.
+        layers: the model's gradient (`settings["gradient"]`, EP by default) beside the exact one.
+        unsettled: why there is no exact gradient, if there is none.
         steps: EP beside BPTT step by step, if asked for.
         accuracy: a run's test accuracy in percent.
         train_seconds: a run's training time.
@@ -127,6 +127,7 @@ class Report:
     feedback_shares: list[float]
     couplings: list[float]
     layers: list[LayerCheck]
+    unsettled: str | None = None
     steps: StepChecks | None = None
     accuracy: float | None = None
     train_seconds: float | None = None
@@ -148,8 +149,8 @@ class Report:
 
 
 @dataclass
-class Gradcheck:
-    """Print how a model settles and how its EP gradient compares with BPTT, layer by layer.
+class Gradcheck(Options):
+    """Print how a model settles and how its gradient compares with the exact one at the equilibrium, layer by layer.
 
     Args:
         model: name of an `ep_vgg*`, at its default init or with the weights of its tag; or the folder of a run.
@@ -157,16 +158,16 @@ class Gradcheck:
         data_dir: where the images are, if not embedded.
         model_args: further arguments of the model; of a run, only settings can be changed.
         batch_size: images.
-        img_size: side of the images in pixels; by default the model's. The exact gradient stores 24 sweeps: 16 images
-            of 224² take an `ep_vgg19` more than 20 GB.
+        img_size: side of the images in pixels; by default the model's.
         seed: of the init, and of the signs of `nudging: random-sign`.
         over: check once for each of the values `at`: a setting, such as `beta`, `free_sweeps`, `nudged_sweeps` or
-            `feedback`; or `model`, for nets of other depth or other runs (the option `model` then serves as the first).
+            `feedback`, or `gradient` to compare others than EP; or `model`, for nets of other depth or other runs (the
+            option `model` then serves as the first).
         at: the values of `over`, a list such as [0.1,0.01].
         local_error: weight of local errors, by classifiers as they are drawn at init; 0 for none.
         local_error_args: further arguments of `timm_ep.LocalErrors`, such as `schedule`.
-        gdu: steps of the comparison step by step (`timm_ep.studies.gdu`); by default 30 for a plot without `over`, else
-            none.
+        gdu: steps of the comparison of EP with BPTT step by step (`timm_ep.studies.gdu`); by default 30 for a plot
+            without `over`, else none.
         plot: a picture to draw (png, svg, pdf): the updates step by step, or the cosines over the values.
         json: print JSON and nothing else.
     """
@@ -187,6 +188,7 @@ class Gradcheck:
     json: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.over is not None and self.over not in ("model", *SETTING_NAMES):
             raise ValueError(f"over={self.over!r} is unknown; choose model, {', '.join(SETTING_NAMES)}.")
         if (self.over is None) != (not self.at):
@@ -231,24 +233,31 @@ class Gradcheck:
         facts = RunFacts.find(Path(name, RESULTS_NAME))
         signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None
         steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
+        exact = exact_gradients(model, images, labels, signal=signal)
         return Report(
             name,
             asdict(model.settings),
             model.free_residual(images),
             model.feedback_shares(images),
             model.couplings((images.shape[-2], images.shape[-1])),
-            gradient_check(model, images, labels, signal=signal),
-            step_check(model, images, labels, steps=steps) if steps else None,
+            compared(weight_gradients(model, images, labels, signal=signal), exact.gradients),
+            None if exact.converged else _changes(exact),
+            step_check(model, images, labels, signal=signal, steps=steps) if steps else None,
             facts.top1 if facts else None,
             facts.train_seconds if facts else None,
         )
+
+
+def _changes(exact: ExactGradient) -> str:
+    return f"relative changes of {exact.residual:.1e} (states) and {exact.error:.1e} (errors) a step are left"
 
 
 def _print_report(report: Report) -> None:
     residuals = [f"{residual:.4f}" for residual in report.residuals]
     if len(residuals) > 12:
         residuals[4:-4] = [f"… ({len(residuals) - 8} more) …"]
-    print(f"{report.model}: λ={report.settings['feedback']:g}, feedback share {report.feedback_share:.3f}")
+    gradient = "" if report.settings["gradient"] == "ep" else f", gradient {report.settings['gradient']}"
+    print(f"{report.model}: λ={report.settings['feedback']:g}{gradient}, feedback share {report.feedback_share:.3f}")
     print(f"relative change per free sweep: {' '.join(residuals)}")
     for row, share, coupling in zip(report.layers, report.feedback_shares, report.couplings, strict=False):
         print(
@@ -258,6 +267,8 @@ def _print_report(report: Report) -> None:
     print(
         f"worst layer: cosine {report.worst:.4f}, at a relative change of {report.residual:.1e} in the last free sweep"
     )
+    if report.unsettled is not None:
+        print(f"{_UNSETTLED}: {report.unsettled}.")
     if report.steps is not None:
         _print_steps(report.steps)
 
@@ -287,6 +298,9 @@ def _print_table(over: str, reports: list[Report]) -> None:
             known = report.accuracy is not None
             row += f"  {report.accuracy:6.1f} %  {report.train_seconds:6.0f} s" if known else " " * 20
         print(f"{row}  {' '.join(f'{layer.cosine:.3f}' for layer in report.layers)}")
+    for name, report in zip(names, reports, strict=True):
+        if report.unsettled is not None:
+            print(f"{over} {name}: {_UNSETTLED[0].lower()}{_UNSETTLED[1:]}: {report.unsettled}.")
 
 
 def _value(over: str, report: Report) -> str:
@@ -303,7 +317,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def draw_cosines(reports: Sequence[Report], over: str, output: Path) -> None:
-    """The cosine of EP and BPTT per layer: over the values of a setting, or over the layers of several models.
+    """The cosine to the exact gradient per layer: over the values of a setting, or over the layers of several models.
 
     Args:
         reports: one for each value, or each model.
@@ -328,5 +342,5 @@ def draw_cosines(reports: Sequence[Report], over: str, output: Path) -> None:
             axis.set(xscale="log")
         axis.set(xlabel=over, title=reports[0].model)
         add_layer_bar(figure, axis, depth)
-    axis.set(ylabel="cosine of EP and BPTT")
+    axis.set(ylabel="cosine to the exact gradient")
     save_figure(figure, output)
