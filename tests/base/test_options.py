@@ -23,6 +23,7 @@ from timm_ep.training.trainer import Trainer
         (lambda: Trainer(amp="yes please"), '"amp": Expected a bool'),
         (lambda: Trainer(freeze_layers="layers"), '"freeze_layers": Expected a list'),
         (lambda: Trainer(model_args=["feedback"]), '"model_args": Expected a dict'),
+        (lambda: Trainer(gradient="local", model_args={"gradient": "ep"}), "gradient=local and model_args.gradient=ep"),
         (lambda: Plot("runs", kind="bars"), 'Plot: option "kind"'),
         (lambda: Gradcheck("ep_vgg5_025", over="beta", at=0.1), '"at": Expected a list'),
     ],

@@ -2,16 +2,19 @@
 
 import copy
 import json
+import math
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from timm.models import save_for_hf
 from timm.models._features_fx import get_notrace_modules
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_ep
 from conftest import make_batch, make_net
@@ -151,6 +154,31 @@ def test_settings_are_arguments_attributes_and_json():
     with pytest.raises(ValueError, match="free_sweeps=-1"):
         model.free_sweeps = -1
     assert model.free_sweeps == 7
+
+
+def test_timm_saves_the_settings_as_they_are(tmp_path):
+    model = timm.create_model("ep_vgg5_025", num_classes=3, in_chans=1, feedback=0.1, padding=0)
+    model.free_sweeps = 3
+    model.settings = replace(model.settings, tol=0.25, pool="max")
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert {**asdict(model.settings), "padding": 0}.items() <= args.items()
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.settings == model.settings
+    x = torch.randn(2, 1, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_cap_on_couplings_is_positive():
+    for limit in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="is capped at a positive number"):
+            make_net(4).cap_couplings(limit, (32, 32))
+
+
+def test_torchvisions_features_are_refused_by_name():
+    with pytest.raises(TypeError, match="features_only=True"):
+        create_feature_extractor(timm.create_model("ep_vgg5_025"), ["layers.0"])
 
 
 def test_changing_a_setting_changes_the_net():

@@ -215,6 +215,7 @@ MODEL = make_net(4)
         (lambda: LocalErrors(MODEL, layers=[]), "is no choice of layers"),
         (lambda: LocalErrors(MODEL, weight=[1.0, 2.0]), "2 weights were given for 4 layers"),
         (lambda: LocalErrors(MODEL, weight=-1.0), "at least 0"),
+        (lambda: LocalErrors(MODEL, weight=[1.0, math.nan, 1.0, 1.0]), "must all be numbers"),
         (lambda: LocalErrors(MODEL, schedule="odd"), "'odd' is unknown; choose constant, early, late, level"),
         (lambda: LocalErrors(make_net(4, feedback=0.0), schedule="level"), "schedule='level' needs feedback"),
         (lambda: LocalErrors(MODEL, pooled_size=0), "pooled_size=0 is too small"),
@@ -224,7 +225,10 @@ MODEL = make_net(4)
         (lambda: FeatureDistillation(MODEL, Teacher(torch.nn.Flatten(), MEAN, STD)), "Flatten gives no features"),
         (lambda: LogitDistillation(MODEL, layers=[9]), "layers 1 to 4"),
         (lambda: LogitDistillation(torch.nn.Flatten(), layers=[1]), "Flatten has no states"),
-        (lambda: LocalErrors(MODEL, final=-1.0), "final=-1.0 is negative"),
+        (lambda: LocalErrors(MODEL, final=-1.0), "final=-1.0 must be a number of at least 0"),
+        (lambda: LogitDistillation(MODEL, weight=math.nan), "weight=nan must be at least 0"),
+        (lambda: EpTask(torch.compile(MODEL)), "got a OptimizedModule, which hides the states"),
+        (lambda: EpTask(torch.nn.DataParallel(MODEL)), "itself, then call task.compile"),
         (lambda: LogitDistillation(MODEL, weight=-1), "weight=-1"),
         (lambda: LogitDistillation(MODEL, temperature=0), "temperature=0"),
     ],
@@ -232,6 +236,27 @@ MODEL = make_net(4)
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_model_alone_is_no_teacher():
+    resnet = timm.create_model("test_resnet", num_classes=5)
+    for make in (
+        lambda: FeatureDistillation(MODEL, resnet),
+        lambda: EpTask(MODEL, distill_logits=LogitDistillation(MODEL), teacher=resnet),
+    ):
+        with pytest.raises(TypeError, match=r"The teacher is a ResNet; expected what timm_ep.create_teacher"):
+            make()
+
+
+def test_an_average_of_weights_settles_as_the_model_does():
+    task = EpTask(make_net(4), dtype=torch.float64)
+    average = task.setup_ema(decay=0.5).module
+    task.model.free_sweeps = 0
+    task.model.feedback = 0.3
+    task.update_ema(1)
+    assert average.settings == task.model.settings
+    x, _ = make_batch()
+    assert torch.equal(average(x), task.model(x))
 
 
 def test_the_loss_of_an_output_state_is_the_squared_error():

@@ -47,6 +47,11 @@ def test_a_224_pixel_teacher_of_a_32_pixel_student(imagenet_folder):
             torch.testing.assert_close(ours, theirs / size, rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*missing; give that of a run"):
+        create_teacher(tmp_path / "missing", MEAN, STD)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "ep_vgg5_025", "test_efficientnet", "resnet18"])
 def test_features_and_logits_are_those_of_the_model_alone(name):
     torch.manual_seed(0)

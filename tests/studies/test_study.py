@@ -74,8 +74,8 @@ def test_rows_and_table_are_those_of_the_runs(runs):
 
 
 def test_over_a_setting(tmp_path):
-    for name, noise, accuracy in (("a", 0.0, 80.0), ("b", 0.001, 70.0), ("c", 0.001, 60.0)):
-        write_run(tmp_path / "4" / name, accuracy, state_noise=noise)
+    for name, noise, accuracy, seed in (("a", 0.0, 80.0, 0), ("b", 0.001, 70.0, 0), ("c", 0.001, 60.0, 1)):
+        write_run(tmp_path / "4" / name, accuracy, seed=seed, state_noise=noise)
     write_run(tmp_path / "4" / "d", 75.0, state_noise=0.001, signals=["local_error"])
     rows = Study(tmp_path, over="state_noise").run()
     assert [row.value for row in rows] == [0.0, 0.001, 0.001, 0.001]
@@ -84,7 +84,44 @@ def test_over_a_setting(tmp_path):
     assert lines[2:4] == ["| plain EP | 80.0 | 65.0 ± 7.1 |", "| EP + local errors |  | 75.0 |"]
     with pytest.raises(ValueError, match="over='noises' is no setting"):
         Study(tmp_path, over="noises")
-    assert [row.value for row in Study(tmp_path, over="pool").run()] == ["avg"] * 4
+    with pytest.raises(ValueError, match="both plain EP, and differ in state_noise: the table would average over that"):
+        Study(tmp_path, over="pool").run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feedback": 1.0}, "differ in feedback"),
+        ({"free_sweeps": 20, "beta": 1e-3}, "differ in free_sweeps, beta"),
+        ({"seed": 0}, "have the same seed, 0"),
+        ({"depth": 3}, ""),
+    ],
+)
+def test_only_seeds_are_averaged(tmp_path, change, message):
+    write_run(tmp_path / "one" / "a", 50.0)
+    write_run(tmp_path / "one" / "b", 60.0, **{"seed": 1, **change})
+    if not message:
+        assert len(Study(tmp_path).run()) == 2
+        return
+    with pytest.raises(ValueError, match=f"both plain EP, and {message}.* folders of their own"):
+        Study(tmp_path).run()
+    assert not (tmp_path / "study.md").exists()
+
+
+def test_every_kind_of_training_has_a_row_of_its_own(tmp_path):
+    kinds = [
+        ("BPTT", "bptt", []),
+        ("local learning + local errors", "local", ["local_error"]),
+        ("backprop + both", "backprop", ["local_error", "distill_logits"]),
+        ("EP + sparsity", "ep", ["sparsity"]),
+        ("plain EP", "ep", []),
+    ]
+    for number, (_, gradient, signals) in enumerate(kinds):
+        write_run(tmp_path / "one" / str(number), 50.0 + number, gradient=gradient, signals=signals)
+    assert [row.training for row in Study(tmp_path).run()] == [name for name, *_ in kinds]
+    rows = [line.split(" | ")[0] for line in (tmp_path / "study.md").read_text().splitlines()[2:] if line]
+    known, others = ["plain EP"], sorted(name for name, *_ in kinds if name != "plain EP")
+    assert rows == [f"| {name}" for name in (*known, *others)]
 
 
 def test_a_run_from_before_a_setting_has_its_default(tmp_path):

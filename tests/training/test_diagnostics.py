@@ -82,6 +82,8 @@ def test_nothing_is_changed_by_looking(gradient):
 def test_models_without_states_are_refused():
     with pytest.raises(ValueError, match="ResNet has no states"):
         diagnose(EpTask(timm.create_model("test_resnet", num_classes=5)), *make_batch(dtype=torch.float32))
+    with pytest.raises(TypeError, match=r"EpTask\(model, …\), as signals nudge too; got a EpVgg"):
+        diagnose(make_net(4), *make_batch())
 
 
 def test_frozen_layers_have_no_gradient():

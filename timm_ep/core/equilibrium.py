@@ -50,7 +50,15 @@ def equilibrium(net: Net, x: Tensor, settings: Settings, recompute: bool = False
 
     Returns:
         N tensors (B, out_l, H_l, W_l) with values in [0, 1], in channels-last memory format.
+
+    Raises:
+        TypeError: `x` is a name of torch.fx.
     """
+    if isinstance(x, torch.fx.Proxy):  # timm's tracer stops before
+        raise TypeError(
+            "torch.fx cannot follow states that settle. For features create the model with features_only=True, or take "
+            "model.equilibrium(x), the states of all layers."
+        )
     if recording():
         return _recorded(net, x, settings)
     with convolutions_only() if settings.physical else nullcontext():  # a weight of a device stands for itself

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TW
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.redaction import redacted, without_folder, without_folders
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
-from timm_ep.models import EpVgg
 
 __all__ = ["clean", "prepare", "save"]
 
@@ -37,7 +36,6 @@ def save(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    model_args: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json and model.safetensors into a folder that exists; those that are there are replaced.
 
@@ -48,10 +46,7 @@ def save(
         size: side of the images in pixels, as `timm_ep.data.transforms.image_transform` prepares them.
         mean: per channel, with which they are normalised.
         std: per channel.
-        model_args: with which the model was created, beyond what timm keeps with it.
     """
-    # All settings as arguments: it is to be the same model after a default of the package changes.
-    settings = dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {}
     seen = {
         "input_size": (len(mean), size, size),
         "mean": mean,
@@ -71,7 +66,7 @@ def save(
                 "num_classes": len(classes),
                 "label_names": list(classes),
             },
-            model_args={**settings, **(model_args or {}), "in_chans": len(mean)},
+            model_args={"in_chans": len(mean)},
             data_config=seen,
             safe_serialization=True,
         )
@@ -130,8 +125,6 @@ def prepare(
                 "pretrained_cfg": {"tag": name.partition(".")[2]},
                 **({"label_names": list(labels)} if labels else {}),
             },
-            # All settings as arguments: it is to be the same model after a default of the package changes.
-            model_args=dataclasses.asdict(model.settings),
             safe_serialization=True,
         )
         config = new / CONFIG_NAME

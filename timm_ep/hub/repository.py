@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from timm_ep.base.text import is_plain_text
 from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.models import EpVgg
+from timm_ep.models.named import is_ours
 
 __all__ = [
     "CONFIG_NAME",
@@ -166,7 +167,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if missing := sorted(_REQUIRED - config.keys()):
         raise ValueError(f"{path} lacks {missing}; expected a configuration that timm.models.save_for_hf writes.")
     _check(path, "", config, _CONFIG)
-    if not _is_ours(config["architecture"]):
+    if not is_ours(config["architecture"]):
         raise ValueError(
             f"{path}: architecture {config['architecture']!r:.80} is not of this package; those that are: "
             "timm.list_models('ep_vgg*')."
@@ -186,10 +187,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; expected an object that timm reads.")
     return config
-
-
-def _is_ours(architecture: Any) -> bool:
-    return architecture in timm.list_models(module="ep_vgg")
 
 
 def _check(path: Path, prefix: str, values: dict[str, Any], accepted: dict[str, Accepts]) -> None:
@@ -319,7 +316,7 @@ def named_architecture(folder: str | os.PathLike[str]) -> str | None:
         name = _read_object(Path(folder) / CONFIG_NAME)["architecture"]
     except (OSError, ValueError, LookupError):
         return None
-    return name if isinstance(name, str) and timm.is_model(name) and not _is_ours(name) else None
+    return name if isinstance(name, str) and timm.is_model(name) and not is_ours(name) else None
 
 
 def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.Module:
@@ -336,7 +333,7 @@ def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.
         ValueError: a check that fails; the message names the file and what is wrong.
     """
     folder = Path(folder)
-    ours = architecture is None or _is_ours(architecture)
+    ours = architecture is None or is_ours(architecture)
     if ours:
         verify(folder)
     else:

@@ -1,6 +1,7 @@
 """Convolutional recurrent nets that settle: the parameters of their couplings, and the model that timm sees."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,8 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.energy import Coupling, Net, fold_average_pool
-from timm_ep.core.equilibrium import equilibrium, no_autocast, prepared
-from timm_ep.core.free_phase import free_phase, free_residuals
+from timm_ep.core.equilibrium import equilibrium
 from timm_ep.core.live import LossOfStates, live_loss
 from timm_ep.core.recording import recording
 from timm_ep.core.settings import SETTING_NAMES, HasSettings, Settings
@@ -20,6 +19,7 @@ from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.images import check_images
 from timm_ep.models.layers import EpConv2d
 from timm_ep.models.presets import KERNELS
+from timm_ep.models.settling import MeasuresSettling
 
 __all__ = ["EpVgg"]
 
@@ -30,7 +30,7 @@ register_notrace_function(fold_average_pool)
 
 
 @register_notrace_module
-class EpVgg(HasSettings, nn.Module):
+class EpVgg(HasSettings, MeasuresSettling, nn.Module):
     """A VGG whose layer states settle to the equilibrium of an energy, trained by Equilibrium Propagation.
 
     `loss.backward()` runs EP for any loss on the logits, the features or the states; with `forces="live"`, as in the
@@ -188,6 +188,16 @@ class EpVgg(HasSettings, nn.Module):
             nn.init.constant_(self.head.fc.bias, 0.5)
 
     @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes beside weights to create the model again: all settings, as they are now, so that it is the
+        same model after a default of the package changes."""
+        return {**vars(self).get("_created_with", {}), **asdict(self.settings)}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._created_with = args
+
+    @property
     def _output_settles(self) -> bool:
         return self.readout == "state" and self.num_classes > 0
 
@@ -243,7 +253,6 @@ class EpVgg(HasSettings, nn.Module):
             ValueError: wrong rank, channels, an empty batch, an image too small for the poolings, or (checked on the
                 CPU only, as it would make another device wait) pixels that are not finite.
         """
-        check_images(self, x)
         return equilibrium(self._net_for(x), x, self.settings, recompute=self.grad_checkpointing)
 
     def live_loss(
@@ -271,12 +280,13 @@ class EpVgg(HasSettings, nn.Module):
                 f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
                 "model.equilibrium(x) instead."
             )
-        check_images(self, x)
         own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
         unique = {id(parameter): parameter for parameter in (*own, *parameters)}
         return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))
 
     def _net_for(self, x: Tensor) -> Net:
+        """The net for these images, which are checked."""
+        check_images(self, x)
         return self.net((x.shape[-2], x.shape[-1]))
 
     def __prepare_scriptable__(self) -> "EpVgg":
@@ -284,44 +294,6 @@ class EpVgg(HasSettings, nn.Module):
             "TorchScript cannot compile a net that settles. Take torch.export.export, torch.onnx.export (both: timm-ep "
             "export) or torch.jit.trace, in eval mode."
         )
-
-    @torch.no_grad()
-    def layer_residuals(self, x: Tensor) -> Tensor:
-        """‖Δs_l‖/‖s_l‖ of every layer in each free sweep, (sweeps, layers); no sweeps where the net does not settle."""
-        check_images(self, x)
-        return free_residuals(self._net_for(x), x, self.settings)
-
-    def free_residual(self, x: Tensor) -> list[float]:
-        """The largest of `layer_residuals` in each free sweep: how well the net settles on these images."""
-        return self.layer_residuals(x).amax(1).tolist()
-
-    @torch.no_grad()
-    def feedback_shares(self, x: Tensor) -> list[float]:
-        """‖s_l* − s_l,ff‖ / ‖s_l*‖ of every layer: how far feedback moves the states from the feedforward pass."""
-        check_images(self, x)
-        net, x = prepared(self._net_for(x), x)
-        if not self.settings.settles:
-            return [0.0] * len(net.couplings)
-        with no_autocast(x.device.type):
-            return feedback_shares(net, x, free_phase(net, x, self.settings, states_only=True).states)
-
-    def couplings(self, size: tuple[int, int]) -> list[float]:
-        """√λ‖P_l W_l‖ of every layer for images of this height and width, see `timm_ep.core.coupling`."""
-        return coupling_norms(self.net(size), size, self.settings.feedback)
-
-    def cap_couplings(self, limit: float, size: tuple[int, int]) -> None:
-        """Scale the kernels of layers above the first down until their couplings are at most `limit`.
-
-        To be called after an optimizer's step, every now and then: a strongly coupled net is not to train itself out of
-        the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
-        """
-        layers: Any = self.layers
-        scale = [layer.scale_kernel for layer in layers]
-        if self._output_settles:
-            scale.append(self.head.fc.weight.detach().mul_)
-        for scale_kernel, coupling in list(zip(scale, self.couplings(size), strict=True))[1:]:
-            if coupling > limit:
-                scale_kernel(limit / coupling)
 
     def forward_intermediates(
         self,

@@ -9,7 +9,12 @@ from torch import nn
 
 from timm_ep.models.crnn import EpVgg
 
-__all__ = ["create_named", "set_sweeps"]
+__all__ = ["create_named", "is_ours", "set_sweeps"]
+
+
+def is_ours(architecture: object) -> bool:
+    """Whether timm knows this name from this package."""
+    return architecture in timm.list_models(module="ep_vgg")
 
 
 def create_named(model_name: str, **kwargs: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """Distillation: a teacher's feature maps and logits as targets of the states."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from timm_ep.models import EpVgg
 from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
 from timm_ep.signals.local_errors import LayerClassifiers
-from timm_ep.signals.teachers import Teacher, TeacherEnsemble
+from timm_ep.signals.teachers import Teacher, TeacherEnsemble, check_teacher
 
 __all__ = ["FeatureDistillation", "LogitDistillation"]
 
@@ -32,6 +33,7 @@ class FeatureDistillation(nn.Module):
         schedule: of α over depth, see `layer_weights`.
 
     Raises:
+        TypeError: a teacher that is a model alone.
         ValueError: a model without states, layers that do not exist, weights that do not fit, a teacher without
             features, an unknown loss.
     """
@@ -47,6 +49,7 @@ class FeatureDistillation(nn.Module):
     ) -> None:
         super().__init__()
         model = student_of(model)
+        check_teacher(teacher)
         if not teacher.channels:
             raise ValueError(
                 f"The teacher {type(getattr(teacher, 'model', teacher)).__name__} gives no features; choose one model "
@@ -122,7 +125,7 @@ class LogitDistillation(nn.Module):
         pooled_size: int = 4,
     ) -> None:
         super().__init__()
-        if weight < 0 or temperature <= 0:
+        if not (0 <= weight < math.inf and 0 < temperature < math.inf):
             raise ValueError(f"weight={weight} must be at least 0, and temperature={temperature} above 0.")
         self.weight, self.temperature = weight, temperature
         answers = bool(layers) if layers is not None else isinstance(model, EpVgg)

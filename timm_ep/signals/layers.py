@@ -1,5 +1,6 @@
 """Which layers of a student have a signal, and with what weight."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -22,20 +23,21 @@ def layer_weights(
         weight: of every layer, or one per layer.
         pushed: of each of these layers, see `pushes`.
         schedule: `constant`; `early`: falling linearly to weight/count at the last layer; `late`: rising from it;
-            `level`: over `pushed`, so that the nudge pushes every layer as hard as the last one. On a device that is
+            `level`: over `pushed`, as λ is when the signal is made, so that the nudge pushes every layer as hard as the
+            last one. On a device that is
             what lifts the nudges of lower layers above its noise. Gradients then differ in size from layer to layer
             by as much, which takes an optimizer that does not mind (Lion; the squares of AdamW overflow).
 
     Raises:
-        ValueError: weights of another number than the layers, negative ones, an unknown schedule, or `level` where
+        ValueError: weights of another number than the layers, what is no weight, an unknown schedule, or `level` where
             nothing feeds back.
     """
     count = len(pushed)
     weights = list(weight) if isinstance(weight, Sequence) else [float(weight)] * count
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights were given for {count} layers; give one number, or one per layer.")
-    if min(weights) < 0:
-        raise ValueError(f"The weights {weights} are partly negative; a signal's weight is at least 0.")
+    if not all(0 <= w < math.inf for w in weights):
+        raise ValueError(f"The weights {weights} must all be numbers of at least 0.")
     if schedule not in get_args(DepthSchedule):
         raise ValueError(f"The depth schedule {schedule!r} is unknown; choose {', '.join(get_args(DepthSchedule))}.")
     if schedule == "constant":

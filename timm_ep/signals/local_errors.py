@@ -1,5 +1,6 @@
 """Local errors: every layer is asked for the class by a linear classifier of its own."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,8 +104,8 @@ class LocalErrors(LayerClassifiers):
         final: float = 1.0,
     ) -> None:
         super().__init__(model, layers, pooled_size, learned)
-        if final < 0:
-            raise ValueError(f"final={final} is negative; a signal's weight is at least 0.")
+        if not 0 <= final < math.inf:
+            raise ValueError(f"final={final} must be a number of at least 0, as a signal's weight is.")
         self.weights = layer_weights(weight, pushes(student_of(model), self.layers), schedule)
         self.final, self.progress = final, 0.0
 

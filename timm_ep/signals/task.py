@@ -13,7 +13,7 @@ from timm_ep.models import EpVgg
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
-from timm_ep.signals.teachers import Teacher, TeacherEnsemble, TeacherOutput
+from timm_ep.signals.teachers import Teacher, TeacherEnsemble, TeacherOutput, check_teacher
 
 __all__ = ["EpTask"]
 
@@ -93,7 +93,8 @@ class EpTask(ClassificationTask):
             default criterion is `readout_criterion`: with `readout="state"` the squared error.
 
     Raises:
-        ValueError: distillation without a teacher.
+        TypeError: a teacher that is a model alone.
+        ValueError: distillation without a teacher, or a model that is compiled or distributed already.
     """
 
     def __init__(
@@ -105,6 +106,11 @@ class EpTask(ClassificationTask):
         teacher: Teacher | TeacherEnsemble | None = None,
         **kwargs: Any,
     ) -> None:
+        if unwrap_model(model) is not model:
+            raise ValueError(
+                f"EpTask got a {type(model).__name__}, which hides the states of the model inside; give it the model "
+                "itself, then call task.compile() or task.prepare_distributed()."
+            )
         if kwargs.get("criterion") is None:
             kwargs["criterion"] = readout_criterion(model, **(kwargs.pop("criterion_kwargs", None) or {}))
         super().__init__(model, **{"verbose": False, **kwargs})
@@ -116,6 +122,8 @@ class EpTask(ClassificationTask):
         signals = nn.ModuleDict({name: signal for name, signal in named.items() if signal is not None})
         if (distill_features or distill_logits) and teacher is None:
             raise ValueError("Distillation needs a teacher; none was given.")
+        if teacher is not None:
+            check_teacher(teacher)
         self.teacher = teacher
         self.trainable_module = _Objective(model, signals, self.criterion)
 
@@ -151,9 +159,11 @@ class EpTask(ClassificationTask):
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the average towards the current weights."""
+        """Move the average towards the current weights, under the current settings."""
         if self.has_ema():
             self.trainable_module_ema.update(self.model, step=step)
+            if isinstance(self.model, EpVgg):
+                self.trainable_module_ema.module.settings = self.model.settings
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> "EpTask":
         """As timm's; DDP is told to expect parameters without a gradient where a signal rests (see `rests`), or where

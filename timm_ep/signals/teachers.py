@@ -13,7 +13,15 @@ from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-__all__ = ["Teacher", "TeacherCache", "TeacherEnsemble", "TeacherOutput", "create_teacher", "load_trained"]
+__all__ = [
+    "Teacher",
+    "TeacherCache",
+    "TeacherEnsemble",
+    "TeacherOutput",
+    "check_teacher",
+    "create_teacher",
+    "load_trained",
+]
 
 _CACHE_LIMIT = 8 * 2**30  # bytes
 
@@ -132,6 +140,19 @@ class TeacherEnsemble(nn.Module):
         return TeacherOutput((), torch.stack(logs).logsumexp(0) - math.log(len(logs)))
 
 
+def check_teacher(teacher: Any) -> None:
+    """Refuse a model that does not know how the student's images are normalised.
+
+    Raises:
+        TypeError: neither a `Teacher` nor a `TeacherEnsemble`.
+    """
+    if not isinstance(teacher, Teacher | TeacherEnsemble):
+        raise TypeError(
+            f"The teacher is a {type(teacher).__name__}; expected what timm_ep.create_teacher(model, mean, std) makes "
+            "of a model, which shows it the student's images as it knows them."
+        )
+
+
 def create_teacher(
     source: str | Path | nn.Module,
     mean: Sequence[float],
@@ -215,6 +236,10 @@ def load_trained(
                 "the teacher and the file of weights as its checkpoint."
             )
         return timm.create_model(f"local-dir:{path}", pretrained=True, **model_args)
+    if ":" not in source and len(path.parts) > 1:  # no name of timm
+        raise FileNotFoundError(
+            f"There is no folder {source}; give that of a run, a name of timm, or hf-hub:OWNER/NAME."
+        )
     try:
         return timm.create_model(source, pretrained=True, **model_args)
     except RuntimeError as error:

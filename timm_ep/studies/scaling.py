@@ -197,7 +197,8 @@ class Scaling(Workload):
         if axis == "img_size":
             return {size: replace(base, img_size=size) for size in _SIZES}
         if axis == "sweeps":
-            return {free: replace(base, model_args={**self.model_args, "free_sweeps": free}) for free in _SWEEPS}
+            every = {**self.model_args, "tol": 0.0}  # none of which is to be saved
+            return {free: replace(base, model_args={**every, "free_sweeps": free}) for free in _SWEEPS}
         _, family, *percent = self.model.split("_")
         width = int(percent[0]) / 100 if percent else 1.0
         if axis == "width":

@@ -18,7 +18,10 @@ from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 
 __all__ = ["Study"]
 
-TRAININGS = ("plain EP", "EP + local errors", "EP + distillation", "EP + both", "backprop")
+_GRADIENTS = {"ep": "EP", "bptt": "BPTT", "backprop": "backprop", "local": "local learning"}
+_SIGNALS = {"local_error": "local errors", "distill_features": "distillation", "distill_logits": "distillation"}
+# Others come after these, each with a colour of its own.
+_TRAININGS = ["plain EP", "EP + local errors", "EP + distillation", "EP + both", "backprop"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Row:
 
     Attributes:
         group: the folder the run lies in, of those that the study compares.
-        training: one of `TRAININGS`.
+        training: how the gradient was taken, and by what signals, such as `plain EP` or `EP + both`.
         depth: convolutions.
         value: of the setting that the study goes over, its default where the run is older; the depth, if none.
         feedback: λ.
@@ -76,6 +79,7 @@ class Study(Options):
 
         Raises:
             FileNotFoundError: no finished run there.
+            ValueError: runs in one cell of the table that are not seeds of the same training.
         """
         output = self.output or self.runs
         folders = sorted(
@@ -86,7 +90,12 @@ class Study(Options):
                 f"{self.runs} holds no finished run of an ep_vgg*: no {RESULTS_NAME} with a layers.csv in it or below."
             )
         layers = {folder: _read(folder / "layers.csv") for folder in folders}
-        rows = [_row(folder, self.runs, layers[folder], self.over) for folder in folders]
+        facts = [RunFacts.load(folder / RESULTS_NAME) for folder in folders]
+        rows = [
+            _row(folder, fact, self.runs, layers[folder], self.over)
+            for folder, fact in zip(folders, facts, strict=True)
+        ]
+        _check_seeds(rows, facts, folders, self.over)
         with replacing(output / "study.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(rows[0])))
             writer.writeheader()
@@ -106,8 +115,7 @@ def _read(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | None) -> Row:
-    facts = RunFacts.load(folder / RESULTS_NAME)
+def _row(folder: Path, facts: RunFacts, root: Path, layers: list[dict[str, float]], over: str | None) -> Row:
     first, last = (
         [row for row in layers if row["epoch"] == epoch] for epoch in (layers[0]["epoch"], layers[-1]["epoch"])
     )
@@ -116,7 +124,7 @@ def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | N
         group=folder.parent.relative_to(root).as_posix() if folder != root else ".",
         training=_training(facts),
         depth=len(first),
-        value=len(first) if over is None else facts.settings.get(over, getattr(Settings(), over)),
+        value=len(first) if over is None else _setting(facts, over),
         feedback=facts.settings["feedback"],
         seed=facts.seed,
         accuracy=facts.top1,
@@ -127,10 +135,46 @@ def _row(folder: Path, root: Path, layers: list[dict[str, float]], over: str | N
 
 
 def _training(facts: RunFacts) -> str:
-    if facts.settings["gradient"] == "backprop":
-        return "backprop"
-    local, distilled = "local_error" in facts.signals, bool(facts.signals.keys() - {"local_error"})
-    return TRAININGS[local + 2 * distilled]
+    gradient = _GRADIENTS[facts.settings["gradient"]]
+    signals = sorted({_SIGNALS.get(name, name) for name in facts.signals})
+    if not signals:
+        return "plain EP" if gradient == "EP" else gradient
+    both = signals == sorted(set(_SIGNALS.values()))
+    return f"{gradient} + {'both' if both else ', '.join(signals)}"
+
+
+def _check_seeds(rows: list[Row], facts: list[RunFacts], folders: list[Path], over: str | None) -> None:
+    """What one cell averages over are to be seeds, and nothing else."""
+    cells: dict[Any, list[tuple[RunFacts, Path]]] = defaultdict(list)
+    for row, fact, folder in zip(rows, facts, folders, strict=True):
+        cell = cells[row.group, row.training, row.value]
+        for other, place in cell:
+            apart = [
+                name
+                for name in ("architecture", "signals", "epochs", "n_train")
+                if vars(fact)[name] != vars(other)[name]
+            ]
+            apart += [name for name in SETTING_NAMES if name != over and _setting(fact, name) != _setting(other, name)]
+            if apart or fact.seed == other.seed:
+                why = f"differ in {', '.join(apart)}" if apart else f"have the same seed, {fact.seed}"
+                raise ValueError(
+                    f"{place} and {folder} are both {row.training}, and {why}: the table would average over that. Put "
+                    "them into folders of their own, which are compared side by side, or go over a setting (--over)."
+                )
+        cell.append((fact, folder))
+
+
+def _setting(facts: RunFacts, name: str) -> Any:
+    return facts.settings.get(name, getattr(Settings(), name))
+
+
+def _order(training: str) -> tuple[int, str]:
+    return (_TRAININGS.index(training) if training in _TRAININGS else len(_TRAININGS)), training
+
+
+def _colors(rows: list[Row]) -> dict[str, str]:
+    others = {row.training for row in rows}.difference(_TRAININGS)
+    return {training: f"C{number}" for number, training in enumerate([*_TRAININGS, *sorted(others)])}
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -146,9 +190,10 @@ def _table(rows: list[Row], axis: str) -> str:
     for group, members in _grouped(rows, lambda row: row.group).items():
         values = sorted({row.value for row in members})
         lines += [f"| {group}: {axis} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
-        for training, of_training in _grouped(members, lambda row: TRAININGS.index(row.training)).items():
+        for training in sorted({row.training for row in members}, key=_order):
+            of_training = [row for row in members if row.training == training]
             cells = {value: _mean(some) for value, some in _grouped(of_training, lambda row: row.value).items()}
-            lines.append(f"| {TRAININGS[training]} | {' | '.join(cells.get(value, '') for value in values)} |")
+            lines.append(f"| {training} | {' | '.join(cells.get(value, '') for value in values)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -172,15 +217,15 @@ def _draw(path: Path, rows: list[Row], panel: Callable[..., None], data: list[An
 
 
 def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
-    for number, training in enumerate(TRAININGS):
+    for training, color in _colors(rows).items():
         members = [row for row in rows if (row.group, row.training) == (group, training)]
         if members:
             means = {
                 value: statistics.mean(row.accuracy for row in some)
                 for value, some in _grouped(members, lambda row: row.value).items()
             }
-            style = "--" if training == "backprop" else "-"
-            ax.plot(list(means), list(means.values()), f"o{style}", color=f"C{number}", markersize=4, label=training)
+            style = "-" if "EP" in training else "--"
+            ax.plot(list(means), list(means.values()), f"o{style}", color=color, markersize=4, label=training)
     positive = [
         row.value for row in rows if row.group == group and isinstance(row.value, float | int) and row.value > 0
     ]
@@ -194,14 +239,15 @@ def _accuracy_panel(ax: Any, group: str, rows: list[Row], axis: str) -> None:
 def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[str, float]]]) -> None:
     """The deepest EP nets of the group, at the end of the first epoch."""
     deepest = max(row.depth for row in rows if row.group == group)
-    for row, table in sorted(zip(rows, layers, strict=True), key=lambda pair: TRAININGS.index(pair[0].training)):
-        if (row.group, row.depth) == (group, deepest) and row.training != "backprop":
+    colors = _colors(rows)
+    for row, table in sorted(zip(rows, layers, strict=True), key=lambda pair: _order(pair[0].training)):
+        if (row.group, row.depth) == (group, deepest) and "EP" in row.training:
             first = [one for one in table if one["epoch"] == table[0]["epoch"]]
             ax.semilogy(
                 [one["layer"] for one in first],
                 [one["scaled_nudge"] or float("nan") for one in first],
                 "o-",
-                color=f"C{TRAININGS.index(row.training)}",
+                color=colors[row.training],
                 markersize=4,
                 label=row.training,
             )

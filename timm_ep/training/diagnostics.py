@@ -81,8 +81,13 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
         target: labels (B,), or soft ones.
 
     Raises:
+        TypeError: a model without its task.
         ValueError: the model has no states.
     """
+    if not isinstance(task, EpTask):
+        raise TypeError(
+            f"What is diagnosed is a task, EpTask(model, …), as signals nudge too; got a {type(task).__name__}."
+        )
     model = task.model
     if not isinstance(model, EpVgg):
         raise ValueError(f"{type(model).__name__} has no states to diagnose; expected an ep_vgg* model.")

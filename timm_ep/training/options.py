@@ -235,6 +235,11 @@ class TrainingOptions(Options):
         if not 0 <= self.model_ema_decay < 1:
             raise ValueError(f"model_ema_decay={self.model_ema_decay} must be at least 0 and below 1.")
         self._check_teaching()
+        of_model = self.model_args.get("gradient", self.gradient)
+        if self.gradient not in ("ep", of_model):
+            raise ValueError(
+                f"gradient={self.gradient} and model_args.gradient={of_model} both say how it is taken; choose one."
+            )
         if self.pretrained and self.initial_checkpoint is not None:
             raise ValueError(
                 f"pretrained and initial_checkpoint={self.initial_checkpoint} both say where to start; choose one."
