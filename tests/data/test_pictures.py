@@ -62,6 +62,12 @@ def test_sixteen_bits_are_scaled_over_all_of_their_range_and_twelve_too():
     assert np.abs(np.asarray(open_picture(inverted, "L"), float) - (255 - values / 257)).max() <= 0.5
 
 
+def test_a_transparent_grey_of_sixteen_bits_is_white():
+    values = np.array([[0, 300, 301], [40000, 300, 65535]], np.uint16)
+    file = saved(Image.fromarray(values), "PNG", transparency=300)
+    assert np.asarray(open_picture(file, "L")).tolist() == [[0, 255, 1], [156, 255, 255]]
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_brightness_that_nobody_knows_is_refused(mode):
     with pytest.raises(ValueError, match="nobody knows how bright white is"):

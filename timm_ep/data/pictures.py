@@ -102,12 +102,16 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits in 8. Those of a TIFF are as many as it says, and zero may be white."""
+    """Grey of more than 8 bits in 8, with white for one that is transparent. Those of a TIFF are as many as it says, and
+    zero may be white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITSPERSAMPLE, (16,))[0]
-    grey = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
+    raw = np.asarray(image)
+    grey = raw.astype(np.float64) * (255 / (2**bits - 1))
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
         grey = 255 - grey
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[raw == transparent] = 255
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
