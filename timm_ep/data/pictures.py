@@ -102,8 +102,8 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits in 8, with white for one that is transparent. Those of a TIFF are as many as it says, and
-    zero may be white."""
+    """Grey of more than 8 bits in 8, white where it is transparent. Those of a TIFF are as many as it says, and zero
+    may be white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITSPERSAMPLE, (16,))[0]
     raw = np.asarray(image)
