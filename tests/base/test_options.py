@@ -1,8 +1,12 @@
 """Options in Python are held to their types as on the command line."""
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 from timm_ep.hub.curves import Plot
 from timm_ep.studies.gradcheck import Gradcheck
@@ -19,6 +23,9 @@ from timm_ep.training.trainer import Trainer
         (lambda: Trainer(bad_images="ignore"), '"bad_images": Expected'),
         (lambda: Trainer(mixup_mode="half", cutmix=1.0), '"mixup_mode": Expected'),
         (lambda: Trainer(amp_dtype="float32"), '"amp_dtype": Expected'),
+        (lambda: Trainer(epochs=None), "option epochs is None"),
+        (lambda: Trainer(model_args=None), "option model_args is None"),
+        (lambda: Trainer(epochs=True), '"epochs": Expected a int. Got value: True'),
         (lambda: Trainer(epochs=1.5), '"epochs": Expected a int. Got value: 1.5'),
         (lambda: Trainer(amp="yes please"), '"amp": Expected a bool'),
         (lambda: Trainer(freeze_layers="layers"), '"freeze_layers": Expected a list'),
@@ -43,6 +50,30 @@ def test_strings_become_paths_and_numbers_as_on_the_command_line():
 
 
 def test_values_of_free_form_stay_what_they_are():
-    options = Trainer(model_args={"preset": "strong", "padding": (1, 0)}, dataset="1", aa="2")
-    assert options.model_args == {"preset": "strong", "padding": (1, 0)}
-    assert (options.dataset, options.aa) == ("1", "2")
+    args = {"preset": "strong", "padding": (1, 0), "architecture": "1e3", "readout": "null"}
+    options = Trainer(model_args=args, dataset="1", aa="null", data_dir="null", checkpoint_interval="5")
+    assert options.model_args == {**args, "padding": [1, 0]}
+    assert (options.dataset, options.aa, options.data_dir) == ("1", "null", Path("null"))
+    assert options.interval == (5, None)
+
+
+def test_numbers_of_numpy_and_devices_of_torch_are_pythons(tmp_path):
+    options = Trainer(
+        lr=np.float32(0.5), epochs=np.int64(3), mean=np.array([0.25]), device=torch.device("cpu"), output=tmp_path
+    )
+    assert (options.lr, options.epochs, options.mean, options.device) == (0.5, 3, [0.25], "cpu")
+    options.save(tmp_path / "args.yaml")
+    assert yaml.safe_load((tmp_path / "args.yaml").read_text())["lr"] == 0.5
+    assert Gradcheck("ep_vgg5_025", over="model", at=[Path("a"), "b"]).at == [str(Path("a")), "b"]
+
+
+def test_a_subclass_has_a_constructor_and_fields_of_its_own():
+    @dataclass
+    class Longer(Trainer):
+        log: list[str] = field(init=False)
+
+        def __init__(self, times: int) -> None:
+            super().__init__(epochs=10 * times)
+
+    assert Longer(3).epochs == 30
+    assert replace(Trainer(epochs=3), lr="0.5") == Trainer(epochs=3, lr=0.5)

@@ -246,6 +246,8 @@ def test_a_model_alone_is_no_teacher():
     ):
         with pytest.raises(TypeError, match=r"The teacher is a ResNet; expected what timm_ep.create_teacher"):
             make()
+    teacher = torch.compile(Teacher(resnet, MEAN, STD), backend="eager")
+    assert EpTask(MODEL, distill_logits=LogitDistillation(MODEL), teacher=teacher).teacher is teacher
 
 
 def test_an_average_of_weights_settles_as_the_model_does():

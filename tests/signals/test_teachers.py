@@ -48,8 +48,9 @@ def test_a_224_pixel_teacher_of_a_32_pixel_student(imagenet_folder):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder .*missing; give that of a run"):
-        create_teacher(tmp_path / "missing", MEAN, STD)
+    for source in (tmp_path / "missing", "./missing", "missing/"):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder .*; give that of a run"):
+            create_teacher(source, MEAN, STD)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "ep_vgg5_025", "test_efficientnet", "resnet18"])

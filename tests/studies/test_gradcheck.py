@@ -104,6 +104,25 @@ def test_dropout_and_frozen_layers_change_nothing():
     assert not model.layers[1].weight.requires_grad
 
 
+@pytest.mark.parametrize("device", [{"state_noise": 1e-3}, {"weight_bits": 6}, {"feedback_mismatch": 0.1}])
+def test_a_device_is_compared_with_the_ideal_net(device, capsys):
+    model, (x, y) = make_net(4, feedback=0.3), make_batch()
+    ideal = exact_gradients(model, x, y).gradients
+    disturbed = make_net(4, feedback=0.3, **device, nudged_sweeps=9, beta=0.1)
+    for ours, theirs in zip(exact_gradients(disturbed, x, y).gradients, ideal, strict=True):
+        assert torch.equal(ours, theirs)
+    cosines = [row.cosine for row in gradient_check(disturbed, x, y)]
+    assert all(abs(cosine) < 1 - 1e-6 for cosine in cosines)
+    assert cosines[-1] > 0.5
+    cli.main(["gradcheck", "ep_vgg5_025", "--batch-size", "2", "--over", "state_noise", "--at", "[0,0.001]"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_gradient_that_is_no_number_has_not_converged():
+    model, (x, y) = make_net(4), make_batch()
+    assert not exact_gradients(model, x, y, lambda output, _: output.sum() * math.nan).converged
+
+
 def test_what_does_not_settle_is_refused():
     with pytest.raises(ValueError, match="ResNet does not settle; expected an ep_vgg"):
         gradient_check(timm.create_model("test_resnet"), *make_batch())

@@ -12,7 +12,16 @@ from timm_ep.studies.study import Study
 
 
 def write_run(
-    folder, accuracy, depth=3, seed=0, gradient="ep", feedback=0.5, signals=(), nudges=(0.5, 1.0, 2.0), **settings
+    folder,
+    accuracy,
+    depth=3,
+    seed=0,
+    gradient="ep",
+    feedback=0.5,
+    signals=(),
+    nudges=(0.5, 1.0, 2.0),
+    more=None,
+    **settings,
 ):
     facts = RunFacts(
         architecture="ep_vgg5",
@@ -30,6 +39,7 @@ def write_run(
         feedback_share=None,
         signals=dict.fromkeys(signals, 1.0),
     )
+    facts = dataclasses.replace(facts, **(more or {}))
     facts.save(folder / "results.json")
     with (folder / "layers.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -94,7 +104,12 @@ def test_over_a_setting(tmp_path):
         ({"feedback": 1.0}, "differ in feedback"),
         ({"free_sweeps": 20, "beta": 1e-3}, "differ in free_sweeps, beta"),
         ({"seed": 0}, "have the same seed, 0"),
-        ({"depth": 3}, ""),
+        ({"more": {"dataset": "torch/cifar10"}}, "differ in dataset"),
+        ({"more": {"started_from": "runs/one", "n_train": 5}}, "differ in n_train, started_from"),
+        ({"more": {"command": "torchrun -m timm_ep train --lr=0.1 --output=b"}}, "differ in lr"),
+        ({"more": {"command": "timm-ep train '--model-args={\"padding\": 0}'"}}, "differ in model_args"),
+        ({"more": {"command": "timm-ep train --seed=1 --output=b --device=cuda", "epochs": 1}}, ""),
+        ({}, ""),
     ],
 )
 def test_only_seeds_are_averaged(tmp_path, change, message):

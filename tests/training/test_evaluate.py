@@ -1,5 +1,7 @@
 """What is done with a saved model: tested and asked, with its own sweeps or others."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -30,3 +32,16 @@ def test_other_sweeps_than_those_of_the_training(tmp_path):
         load_run(tmp_path, sweeps=-1)
     with pytest.raises(ValueError, match="sweeps=3: a ResNet does not settle"):
         set_sweeps(timm.create_model("test_resnet"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("ep_vgg5_025", {"drop_rate": 0.25}), ("test_efficientnet", {"drop_rate": 0.25, "drop_path_rate": 0.5})],
+)
+def test_a_saved_model_drops_as_much_when_it_trains_on(name, rates, tmp_path):
+    """timm leaves these rates out of a configuration, unless it is told."""
+    model = timm.create_model(name, num_classes=2, **rates)
+    save(tmp_path, model, ["a", "b"], 32, (0.4, 0.5, 0.6), (0.3, 0.3, 0.3))
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert rates.items() <= args.items()
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).drop_rate == 0.25

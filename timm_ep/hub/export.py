@@ -66,13 +66,19 @@ def save(
                 "num_classes": len(classes),
                 "label_names": list(classes),
             },
-            model_args={"in_chans": len(mean)},
+            model_args={**_drop_rates(model), "in_chans": len(mean)},
             data_config=seen,
             safe_serialization=True,
         )
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             with replacing(Path(folder) / name) as file:
                 file.write_bytes((Path(temporary) / name).read_bytes())
+
+
+def _drop_rates(model: Any) -> dict[str, Any]:
+    """What timm leaves out unless it is told: a training that goes on from here is to drop as much."""
+    args: dict[str, Any] = getattr(model, "_model_args", {})
+    return {name: value for name, value in args.items() if "drop" in name and name.endswith("_rate")}
 
 
 @contextmanager

@@ -9,12 +9,24 @@ from torch import nn
 
 from timm_ep.models.crnn import EpVgg
 
-__all__ = ["create_named", "is_ours", "set_sweeps"]
+__all__ = ["check_known", "create_named", "is_ours", "set_sweeps"]
 
 
 def is_ours(architecture: object) -> bool:
     """Whether timm knows this name from this package."""
     return architecture in timm.list_models(module="ep_vgg")
+
+
+def check_known(model_name: str) -> None:
+    """Name what is similar to a name that timm does not know.
+
+    Raises:
+        ValueError: no such model.
+    """
+    architecture = model_name.partition(".")[0]
+    if not timm.is_model(architecture):
+        similar = difflib.get_close_matches(architecture, timm.list_models(), 5, 0.5) or timm.list_models("ep_vgg*")[:5]
+        raise ValueError(f"model {model_name!r} is unknown to timm; similar are {', '.join(similar)}.")
 
 
 def create_named(model_name: str, **kwargs: Any) -> nn.Module:
@@ -28,10 +40,8 @@ def create_named(model_name: str, **kwargs: Any) -> nn.Module:
         ValueError: no such model, no trained weights of it, or arguments that it refuses.
         OSError: weights that are not where the name says.
     """
-    architecture = model_name.partition(".")[0]
-    if ":" not in model_name and not timm.is_model(architecture):
-        similar = difflib.get_close_matches(architecture, timm.list_models(), 5, 0.5) or timm.list_models("ep_vgg*")[:5]
-        raise ValueError(f"model {model_name!r} is unknown to timm; similar are {', '.join(similar)}.")
+    if ":" not in model_name:
+        check_known(model_name)
     try:
         return timm.create_model(model_name, **kwargs)
     except (RuntimeError, AssertionError) as error:

@@ -106,7 +106,7 @@ class EpTask(ClassificationTask):
         teacher: Teacher | TeacherEnsemble | None = None,
         **kwargs: Any,
     ) -> None:
-        if unwrap_model(model) is not model:
+        if not isinstance(model, EpVgg) and isinstance(unwrap_model(model), EpVgg):
             raise ValueError(
                 f"EpTask got a {type(model).__name__}, which hides the states of the model inside; give it the model "
                 "itself, then call task.compile() or task.prepare_distributed()."

@@ -1,6 +1,7 @@
 """Teachers for distillation: any of timm's trained models, matched to what the student sees."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 __all__ = [
@@ -146,7 +148,7 @@ def check_teacher(teacher: Any) -> None:
     Raises:
         TypeError: neither a `Teacher` nor a `TeacherEnsemble`.
     """
-    if not isinstance(teacher, Teacher | TeacherEnsemble):
+    if not isinstance(unwrap_model(teacher), Teacher | TeacherEnsemble):
         raise TypeError(
             f"The teacher is a {type(teacher).__name__}; expected what timm_ep.create_teacher(model, mean, std) makes "
             "of a model, which shows it the student's images as it knows them."
@@ -236,7 +238,7 @@ def load_trained(
                 "the teacher and the file of weights as its checkpoint."
             )
         return timm.create_model(f"local-dir:{path}", pretrained=True, **model_args)
-    if ":" not in source and len(path.parts) > 1:  # no name of timm
+    if not source.startswith(("hf-hub:", "hf_hub:")) and ("/" in source or os.sep in source):  # no name of timm
         raise FileNotFoundError(
             f"There is no folder {source}; give that of a run, a name of timm, or hf-hub:OWNER/NAME."
         )

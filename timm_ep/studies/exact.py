@@ -10,13 +10,14 @@ the memory of one. F is the synchronous step: each s_l to clip(u_l).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from timm_ep.core.equilibrium import no_autocast, prepared
 from timm_ep.core.free_phase import free_phase, phase_at, relative_changes
+from timm_ep.core.settings import PHYSICAL
 from timm_ep.models import EpVgg
 
 __all__ = ["ExactGradient", "exact_gradient"]
@@ -43,7 +44,7 @@ class ExactGradient(NamedTuple):
     @property
     def converged(self) -> bool:
         """Whether there is an equilibrium, and this is its gradient."""
-        return max(self.residual, self.error) < 10 * _CONVERGED
+        return self.residual < 10 * _CONVERGED and self.error < 10 * _CONVERGED  # neither of which NaN is
 
 
 def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Tensor]], Tensor]) -> ExactGradient:
@@ -55,7 +56,8 @@ def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Ten
         loss_of: the states s_1…s_N, a scalar.
     """
     sweeps = max(_MOST_STEPS, model.settings.free_sweeps)
-    settings = replace(model.settings, gradient="bptt", free_sweeps=sweeps, tol=_CONVERGED)
+    ideal: dict[str, Any] = dict.fromkeys(PHYSICAL, 0)
+    settings = replace(model.settings, **ideal, gradient="bptt", free_sweeps=sweeps, tol=_CONVERGED)
     weights = [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(model.layers))]
     net, x = prepared(model.net((images.shape[-2], images.shape[-1])), images)
     with no_autocast(x.device.type):

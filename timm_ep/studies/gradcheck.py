@@ -55,7 +55,7 @@ def gradient_check(
         gradient.
 
     Raises:
-        ValueError: a model that does not settle.
+        ValueError: a model that is no `ep_vgg*`.
     """
     exact = exact_gradients(model, images, labels, criterion, signal)
     if not exact.converged:

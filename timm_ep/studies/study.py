@@ -1,7 +1,9 @@
 """Finished runs side by side: what signals do for accuracy and nudge, over depth or over any setting."""
 
 import csv
+import json
 import math
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -15,6 +17,7 @@ from timm_ep.base.options import Options
 from timm_ep.base.text import in_order
 from timm_ep.core.settings import SETTING_NAMES, Settings
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.training.options import FREE
 
 __all__ = ["Study"]
 
@@ -149,12 +152,8 @@ def _check_seeds(rows: list[Row], facts: list[RunFacts], folders: list[Path], ov
     for row, fact, folder in zip(rows, facts, folders, strict=True):
         cell = cells[row.group, row.training, row.value]
         for other, place in cell:
-            apart = [
-                name
-                for name in ("architecture", "signals", "epochs", "n_train")
-                if vars(fact)[name] != vars(other)[name]
-            ]
-            apart += [name for name in SETTING_NAMES if name != over and _setting(fact, name) != _setting(other, name)]
+            ours, theirs = _told(fact, over), _told(other, over)
+            apart = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             if apart or fact.seed == other.seed:
                 why = f"differ in {', '.join(apart)}" if apart else f"have the same seed, {fact.seed}"
                 raise ValueError(
@@ -162,6 +161,24 @@ def _check_seeds(rows: list[Row], facts: list[RunFacts], folders: list[Path], ov
                     "them into folders of their own, which are compared side by side, or go over a setting (--over)."
                 )
         cell.append((fact, folder))
+
+
+def _told(facts: RunFacts, over: str | None) -> dict[str, Any]:
+    """What decides what a run computes, but for its seed: its settings without the one that is gone over; its net, data
+    and signals; and all else that its command says."""
+    words = [word[2:].partition("=") for word in shlex.split(facts.command) if word.startswith("--")]
+    options = {name.replace("-", "_"): value for name, _, value in words if value}
+    settings = {name: _setting(facts, name) for name in SETTING_NAMES if name != over}
+    model_args = json.loads(options.pop("model_args", "{}"))
+    return {
+        **settings,
+        "model_args": {name: value for name, value in model_args.items() if name not in SETTING_NAMES},
+        **{
+            name: getattr(facts, name)
+            for name in ("architecture", "dataset", "n_train", "signals", "teacher", "started_from")
+        },
+        **{name: value for name, value in options.items() if name not in {*FREE, "seed", "gradient"}},
+    }
 
 
 def _setting(facts: RunFacts, name: str) -> Any:

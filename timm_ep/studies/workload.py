@@ -15,7 +15,7 @@ from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.data.datasets import DataSource, create_loader, limit, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
-from timm_ep.models.named import create_named, is_ours
+from timm_ep.models.named import check_known, create_named, is_ours
 from timm_ep.signals.task import EpTask
 from timm_ep.studies.measure import Step
 from timm_ep.training.evaluate import load_run
@@ -57,8 +57,10 @@ class Workload(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_ours(self.model.partition(".")[0]) and not Path(self.model).is_dir():
-            raise ValueError(f"{self.model} is no ep_vgg* and no folder of a run: it does not settle.")
+        if not Path(self.model).is_dir():
+            check_known(self.model)
+            if not is_ours(self.model.partition(".")[0]):
+                raise ValueError(f"{self.model} is no ep_vgg* and no folder of a run: it does not settle.")
         for name, least in {"batch_size": 1, "img_size": 1, "classes": 2, "threads": 1}.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")

@@ -25,7 +25,7 @@ from timm_ep.hub.repository import (
     verify_weights,
 )
 from timm_ep.models import EpVgg
-from timm_ep.models.named import create_named, is_ours
+from timm_ep.models.named import check_known, create_named, is_ours
 from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
@@ -135,6 +135,7 @@ def _start(options: TrainingOptions) -> dict[str, Any]:
         # timm itself compares the tensors of other models; it must not come to reading a pickle.
         _ = verify(path) if is_ours(architecture) else tensor_shapes(path / WEIGHTS_NAME)
         return {"model_name": f"local-dir:{path}", "pretrained": True}
+    check_known(architecture)
     if not is_ours(architecture):
         raise ValueError(f"initial_checkpoint={path}: for {architecture} give a folder with {CONFIG_NAME}, not a file.")
     # A file alone does not say for how many classes and channels it is; its tensors do.

@@ -13,10 +13,10 @@ import yaml
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
 
-__all__ = ["TrainingOptions"]
+__all__ = ["FREE", "TrainingOptions"]
 
 # What may differ when a run goes on: where things are and how they are shown, but not what is computed.
-_FREE = {
+FREE = {
     "output",
     "data_dir",
     "device",
@@ -331,7 +331,7 @@ class TrainingOptions(Options):
         return [
             f"{name}: {earlier.get(name, defaults[name])} → {value}"
             for name, value in self.plain().items()
-            if name not in _FREE and value != earlier.get(name, defaults[name])
+            if name not in FREE and value != earlier.get(name, defaults[name])
         ]
 
 
