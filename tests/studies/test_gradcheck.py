@@ -15,9 +15,10 @@ from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.studies import exact as exact_module
 from timm_ep.studies.gdu import step_check
-from timm_ep.studies.gradcheck import exact_gradients
+from timm_ep.studies.gradcheck import Gradcheck, exact_gradients
 from timm_ep.studies.reference import Reference
 from timm_ep.studies.workload import Workload
+from timm_ep.training.trainer import Trainer
 
 
 def test_rows_are_the_cosine_and_ratio_of_the_two_gradients():
@@ -359,6 +360,26 @@ def test_bad_options_are_named(options, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["gradcheck", "ep_vgg5_025", *options])
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_measured_on_its_own_images(tmp_path, monkeypatch):
+    run = Trainer(model="ep_vgg5_025", train_images=16, batch_size=8, epochs=1, quiet=True, output=tmp_path / "run")
+    facts = dataclasses.replace(run.run(), dataset="torch/fake")
+    facts.save(tmp_path / "run" / "results.json")
+    with pytest.raises(FileNotFoundError, match="torch/fake"):
+        Gradcheck(str(tmp_path / "run"), batch_size=2).run()
+    (report,) = Gradcheck(str(tmp_path / "run"), dataset="digits", batch_size=2).run()
+    assert report.accuracy == facts.top1
+    (report,) = Gradcheck(str(tmp_path / "run"), dataset="digits", batch_size=2, over="beta", at=[1e-3]).run()
+    assert report.accuracy is None  # it is that of another β
+
+
+def test_a_release_is_not_measured_with_another_read_out(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["gradcheck", "ep_vgg8.ep_cifar100"])
+    message = capsys.readouterr().err
+    assert "trained on images of 100 classes in 3 channels; digits has 10 in 1" in message
+    cli.main(["gradcheck", "ep_vgg5_025.ep_digits", "--batch-size", "2"])
 
 
 def test_a_release_is_measured_with_its_weights():

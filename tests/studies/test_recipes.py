@@ -11,6 +11,7 @@ import timm
 import yaml
 
 from timm_ep.data.datasets import open_data
+from timm_ep.studies.study import Study
 from timm_ep.training.options import TrainingOptions
 from timm_ep.training.trainer import Trainer
 
@@ -78,12 +79,14 @@ def test_the_literature_s_recipes_run(recipe, images, tmp_path):
     widths = [[8, "M"] if pooled else [8] for pooled in full.pooled]
     few = {"architecture": sum(widths, []), "free_sweeps": 8, "nudged_sweeps": 8}  # noqa: RUF017
     changes = {**TINY, "epochs": 1, "model_args": {**values["model_args"], **few}, "output": tmp_path}
+    changes["log_tensorboard"] = True
     facts = Trainer(**{**values, **changes, "data_dir": images}).run()
     assert (facts.settings["feedback"], facts.settings["forces"]) == (1.0, "live")
     with (tmp_path / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["weight_gradient"]) > 0 for row in rows] == [True] * len(full.layers)
     assert all(row["gain_gradient"] == "" for row in rows)
+    assert [row.depth for row in Study(tmp_path).run()] == [len(full.layers)]
 
 
 def test_every_released_model_has_its_commands():

@@ -108,7 +108,13 @@ def test_over_a_setting(tmp_path):
         ({"more": {"started_from": "runs/one", "n_train": 5}}, "differ in n_train, started_from"),
         ({"more": {"command": "torchrun -m timm_ep train --lr=0.1 --output=b"}}, "differ in lr"),
         ({"more": {"command": "timm-ep train '--model-args={\"padding\": 0}'"}}, "differ in model_args"),
+        ({"more": {"command": "timm-ep train --lr 0.1 --output b"}}, "differ in lr"),
+        ({"more": {"command": "timm-ep train --data-dir=/images/pets"}}, "differ in data_dir"),
+        ({"more": {"command": "torchrun --nproc-per-node 2 -m timm_ep train"}}, "differ in nproc_per_node"),
+        ({"more": {"command": 'whatever I typed, "'}}, "differ in command"),
+        ({"more": {"command": "timm-ep train '--model-args=[1]'"}}, "differ in model_args"),
         ({"more": {"command": "timm-ep train --seed=1 --output=b --device=cuda", "epochs": 1}}, ""),
+        ({"free_sweeps": 6, "more": {"command": "timm-ep train '--model-args={\"free_sweeps\": 6}'"}}, ""),
         ({}, ""),
     ],
 )

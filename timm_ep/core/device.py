@@ -51,8 +51,8 @@ def _fixed(shape: Sequence[int], place: int) -> Tensor:
 
 
 def rounded(values: Tensor, bits: int, stochastic: bool, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Values in [low, high] to the nearest of 2^bits equal steps of that range, or to one of the two beside it, the
-    nearer the likelier."""
+    """Values in [low, high] to the nearest of 2^bits levels, evenly spaced over that range, or to one of the two beside
+    it, the nearer the likelier."""
     steps = 2**bits - 1
     scaled = (values - low) / (high - low) * steps
     whole = (scaled + torch.rand_like(scaled)).floor() if stochastic else scaled.round()

@@ -237,6 +237,11 @@ def _sweep_copy(net: Net, phase: FreePhase, sweep: Sweep, feedback: float) -> Fr
     return _sweep(net, phase.copy(), sweep, feedback)
 
 
+def synchronous_step(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> list[Tensor]:
+    """All states at once to clip(u_l) of these; differentiable with respect to all."""
+    return [u.clamp(0, 1) for u in phase_at(net, x, states, feedback).preactivations]
+
+
 def phase_at(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> FreePhase:
     """Any states with the products and pre-activations at these very states, differentiable with respect to all.
 

@@ -27,7 +27,8 @@ class Settings:
             settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
         free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
             account for feedback to first order in λ, and every further pair for one order more. Six give every layer of
-            the registered nets a gradient cosine of 0.99 to the exact one. Accuracy changes little from two on.
+            the nets that were measured (`scripts/README.md`) a gradient cosine of 0.99 to the exact one. Accuracy
+            changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ. In the other orders of `update` a
             nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; with frozen forces, that it does not
@@ -65,8 +66,9 @@ class Settings:
             time where the device has units for it. `full`: all in the dtype of the kernels. Autocast instead takes
             states and all into the short dtype. For EP with frozen forces: `bptt` and `backprop` compute in full.
             The states of a deep net at λ = 1 are too small for float16, which is refused there.
-        gradient: `ep`: equilibrium propagation. `bptt`: autograd through the settling, the exact gradient at many times
-            the memory. `backprop`: the feedforward twin (no feedback at all), trained by backpropagation.
+        gradient: `ep`: equilibrium propagation. `bptt`: autograd through the free sweeps, the exact derivative of what
+            they compute, and that at the equilibrium where they reach it, at many times the memory. `backprop`: the
+            feedforward twin (no feedback at all), trained by backpropagation.
             `local`: the same twin, each layer by the losses on its own state alone: what intermediate error signals do
             without any credit from above (Nøkland & Eidnes, arXiv:1901.06656), to tell what EP adds to them. All but
             `ep` are those of the ideal net, whatever device follows.
@@ -88,7 +90,7 @@ class Settings:
 
     Raises:
         TypeError: a value of another type.
-        ValueError: a value outside of these, or short products with live forces.
+        ValueError: a value outside of these, short products with live forces, or a device with either or a tolerance.
     """
 
     feedback: float = 0.02

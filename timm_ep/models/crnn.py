@@ -46,8 +46,8 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         drop_rate: dropout before the read-out.
         init_gain: factor on the initial gain of every kernel, or one for each. Below 1 for nets with strong feedback,
             which settle only while the loop gain, about λ‖W‖², is below 1.
-        learn_gain: whether the gains of the kernels learn. With fixed gains a net with strong feedback keeps the loop
-            gain it starts with; learned ones drive 13 convolutions at λ = 1 into saturation within 100 steps.
+        learn_gain: whether the gains of the kernels learn. With fixed ones a net with strong feedback keeps the loop
+            gain it starts with.
         center_kernels: whether the mean is taken from every kernel. It is, so that the sum of the states below, which
             varies much and says little, does not drive a layer; feedforward nets that were trained with it are
             converted with False (`timm_ep.training.convert`).

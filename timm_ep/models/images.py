@@ -33,7 +33,7 @@ def check_images(model: Any, x: Tensor) -> None:
         raise NotImplementedError(
             "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
             "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
-            "sample's EP gradient does not depend on those beside it (with tol=0); or gradient='bptt', the exact one."
+            "sample's EP gradient does not depend on those beside it (with tol=0); or gradient='bptt'."
         )
     if not x.is_floating_point():
         raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")

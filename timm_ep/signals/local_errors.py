@@ -18,10 +18,8 @@ class LayerClassifiers(nn.Module):
     Args:
         model: the student, an `EpVgg`.
         layers: numbers from 1; all by default.
-        pooled_size: side of the grid in cells. A finer grid asks what is where, and its errors, different from cell to
-            cell, keep a strongly coupled net (λ = 1) from settling into a few states for all images: 13 convolutions at
-            λ = 1 learn with 4 and hardly with 1. It costs channels × cells × classes parameters a layer. A state
-            smaller than the grid is repeated to fill it.
+        pooled_size: side of the grid in cells. A finer grid asks what is where, and costs channels × cells × classes
+            parameters a layer. A state smaller than the grid is repeated to fill it.
         learned: whether the classifiers learn.
 
     Raises:

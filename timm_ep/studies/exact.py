@@ -8,6 +8,7 @@ and iterating the second equation is backpropagation through time from an equili
 the memory of one. F is the synchronous step: each s_l to clip(u_l).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from timm_ep.core.equilibrium import no_autocast, prepared
-from timm_ep.core.free_phase import free_phase, phase_at, relative_changes
+from timm_ep.core.free_phase import free_phase, relative_changes, synchronous_step
 from timm_ep.core.settings import PHYSICAL
 from timm_ep.models import EpVgg
 
 __all__ = ["ExactGradient", "exact_gradient"]
 
-# Relative changes at which an iteration has converged: the cosine to its limit is then 1 to nine digits
-# (scripts/README.md, "When it has settled"), and float32 still resolves them.
+# Relative changes at which an iteration has converged: the cosine to its limit is then 1 to eight digits
+# (scripts/README.md, "How much effort is enough"), and float32 still resolves them.
 _CONVERGED = 1e-5
 _MOST_STEPS = 500
 
@@ -64,7 +65,7 @@ def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Ten
         with torch.no_grad():
             states = free_phase(net, x, settings, states_only=True).states
         leaves = [state.detach().requires_grad_() for state in states]
-        moved = [u.clamp(0, 1) for u in phase_at(net, x, leaves, settings.feedback).preactivations]
+        moved = synchronous_step(net, x, leaves, settings.feedback)
     forces = torch.autograd.grad(loss_of(leaves), leaves, allow_unused=True, materialize_grads=True)
     errors = list(forces)
     for step in range(2 * sweeps):  # a synchronous step takes errors by one layer, a sweep by as many as there are
@@ -74,7 +75,7 @@ def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Ten
         following = [force + error for force, error in zip(forces, passed, strict=True)]
         change = float(torch.stack(relative_changes(following, errors)).max())
         errors = following
-        if step > len(states) and change < _CONVERGED:
+        if (step > len(states) and change < _CONVERGED) or not math.isfinite(change):
             break
     gradients = torch.autograd.grad(moved, weights, errors)
     residual = float(torch.stack(relative_changes(moved, leaves)).max().detach())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
 from timm_ep.core.energy import Net
 from timm_ep.core.equilibrium import contrast, normalised_forces
-from timm_ep.core.free_phase import free_phase, phase_at, relative_changes
+from timm_ep.core.free_phase import free_phase, phase_at, relative_changes, synchronous_step
 from timm_ep.core.live import LossOfStates
 from timm_ep.core.nudged_phase import NudgedPhase, newest_winners, nudged_phase, nudging_strengths
 from timm_ep.models import EpVgg
@@ -123,7 +123,7 @@ def _trajectory(model: EpVgg, net: Net, x: Tensor, steps: int, free_steps: int) 
     settings = replace(model.settings, update="synchronous", free_sweeps=free_steps - steps, tol=0.0)
     states = [list(free_phase(net, x, settings).states)]
     for _ in range(steps):
-        states.append([u.clamp(0, 1) for u in phase_at(net, x, states[-1], settings.feedback).preactivations])
+        states.append(synchronous_step(net, x, states[-1], settings.feedback))
     return states
 
 
@@ -140,8 +140,7 @@ def _bptt_contributions(
     for states in reversed(trajectory[:-1]):
         leaves = [state.detach().requires_grad_() for state in states]
         kernels = [kernel.detach().requires_grad_() for kernel in net.kernels]
-        held = phase_at(net._replace(kernels=tuple(kernels)), x, leaves, model.settings.feedback)
-        moved = [u.clamp(0, 1) for u in held.preactivations]
+        moved = synchronous_step(net._replace(kernels=tuple(kernels)), x, leaves, model.settings.feedback)
         inputs = [*leaves, *kernels]
         grads = torch.autograd.grad(moved, inputs, gradient, allow_unused=True, materialize_grads=True)
         gradient = list(grads[: len(leaves)])

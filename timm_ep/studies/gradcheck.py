@@ -24,7 +24,7 @@ from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.studies.workload import Workload, changed
 
 _PLOTTED_STEPS = 30
-_UNSETTLED = "The net does not come to rest, so that there is no exact gradient to compare with"
+_UNSETTLED = "The net does not come to rest in hundreds of sweeps, so that there is no exact gradient to compare with"
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Report:
         layers: the model's gradient (`settings["gradient"]`, EP by default) beside the exact one.
         unsettled: why there is no exact gradient, if there is none.
         steps: EP beside BPTT step by step, if asked for.
-        accuracy: a run's test accuracy in percent.
-        train_seconds: a run's training time.
+        accuracy: a run's test accuracy in percent, where no setting was changed.
+        train_seconds: a run's training time, likewise.
     """
 
     model: str
@@ -154,7 +154,7 @@ class Gradcheck(Options):
 
     Args:
         model: name of an `ep_vgg*`, at its default init or with the weights of its tag; or the folder of a run.
-        dataset: as in training; test images are used.
+        dataset: as in training; test images are used. By default that of the run, digits if there is none.
         data_dir: where the images are, if not embedded.
         model_args: further arguments of the model; of a run, only settings can be changed.
         batch_size: images.
@@ -173,7 +173,7 @@ class Gradcheck(Options):
     """
 
     model: str
-    dataset: str = "digits"
+    dataset: str | None = None
     data_dir: Path | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
@@ -219,10 +219,11 @@ class Gradcheck(Options):
         return reports
 
     def _check(self, name: str, changes: dict[str, Any]) -> Report:
+        facts = RunFacts.find(Path(name, RESULTS_NAME))
         workload = Workload(
             name,
             self.model_args,
-            dataset=self.dataset,
+            dataset=self.dataset or (facts.dataset if facts else "digits"),
             data_dir=self.data_dir,
             batch_size=self.batch_size,
             img_size=self.img_size,
@@ -230,7 +231,7 @@ class Gradcheck(Options):
         )
         model, images, labels = workload.make()
         model = changed(model, **changes).eval()  # the same read-out in every pass, without dropout
-        facts = RunFacts.find(Path(name, RESULTS_NAME))
+        told = facts if not changes and not self.model_args else None  # what was tested is the run as it is
         signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None
         steps = self.gdu or (_PLOTTED_STEPS if self.plot is not None and self.over is None else 0)
         exact = exact_gradients(model, images, labels, signal=signal)
@@ -243,8 +244,8 @@ class Gradcheck(Options):
             compared(weight_gradients(model, images, labels, signal=signal), exact.gradients),
             None if exact.converged else _changes(exact),
             step_check(model, images, labels, signal=signal, steps=steps) if steps else None,
-            facts.top1 if facts else None,
-            facts.train_seconds if facts else None,
+            told.top1 if told else None,
+            told.train_seconds if told else None,
         )
 
 
@@ -308,12 +309,12 @@ def _value(over: str, report: Report) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; a figure that does not exist is null."""
+    """JSON has no NaN and no infinity; a figure that does not exist is null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_cosines(reports: Sequence[Report], over: str, output: Path) -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["Study"]
 
 _GRADIENTS = {"ep": "EP", "bptt": "BPTT", "backprop": "backprop", "local": "local learning"}
 _SIGNALS = {"local_error": "local errors", "distill_features": "distillation", "distill_logits": "distillation"}
+_MEASURES = ("epoch", "layer", "scaled_nudge", "free_residual")  # others may be empty, as gains of plain kernels are
 # Others come after these, each with a colour of its own.
 _TRAININGS = ["plain EP", "EP + local errors", "EP + distillation", "EP + both", "backprop"]
 
@@ -115,7 +117,7 @@ class Study(Options):
 
 def _read(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(row[name]) for name in _MEASURES} for row in csv.DictReader(file)]
 
 
 def _row(folder: Path, facts: RunFacts, root: Path, layers: list[dict[str, float]], over: str | None) -> Row:
@@ -166,18 +168,28 @@ def _check_seeds(rows: list[Row], facts: list[RunFacts], folders: list[Path], ov
 def _told(facts: RunFacts, over: str | None) -> dict[str, Any]:
     """What decides what a run computes, but for its seed: its settings without the one that is gone over; its net, data
     and signals; and all else that its command says."""
-    words = [word[2:].partition("=") for word in shlex.split(facts.command) if word.startswith("--")]
-    options = {name.replace("-", "_"): value for name, _, value in words if value}
-    settings = {name: _setting(facts, name) for name in SETTING_NAMES if name != over}
-    model_args = json.loads(options.pop("model_args", "{}"))
+    compared = ("architecture", "dataset", "n_train", "signals", "teacher", "started_from")
+    told: dict[str, Any] = {name: _setting(facts, name) for name in SETTING_NAMES if name != over}
+    told |= {name: getattr(facts, name) for name in compared}
+    options = _options(facts.command)
+    try:
+        model_args = dict(json.loads(options.pop("model_args", "{}")))
+    except (ValueError, TypeError):  # whoever wrote it, not the trainer
+        model_args = {"": facts.command}
+    options |= {f"model_args.{name}": value for name, value in model_args.items()}
+    elsewhere = {*FREE, "seed", "gradient", *(f"model_args.{name}" for name in SETTING_NAMES)}
+    told |= {name: value for name, value in options.items() if name not in elsewhere}
+    return {**told, "data_dir": Path(options.get("data_dir", "")).name}  # wherever it lies
+
+
+def _options(command: str) -> dict[str, str]:
+    """Those of a command line and of its launcher, which says how many processes there were, by name."""
+    try:
+        words = [part for word in shlex.split(command) for part in word.split("=", 1)]
+    except ValueError:  # whoever wrote it, not the trainer
+        return {"command": command}
     return {
-        **settings,
-        "model_args": {name: value for name, value in model_args.items() if name not in SETTING_NAMES},
-        **{
-            name: getattr(facts, name)
-            for name in ("architecture", "dataset", "n_train", "signals", "teacher", "started_from")
-        },
-        **{name: value for name, value in options.items() if name not in {*FREE, "seed", "gradient"}},
+        word[2:].replace("-", "_"): following for word, following in pairwise([*words, ""]) if word.startswith("--")
     }
 
 
@@ -227,9 +239,10 @@ def _draw(path: Path, rows: list[Row], panel: Callable[..., None], data: list[An
     figure, axes = new_figure(columns, math.ceil(len(groups) / columns))
     for group, ax in zip(groups, axes.flat, strict=False):
         panel(ax, group, *data)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize="x-small")
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
-    axes.flat[0].legend(fontsize="x-small")
     save_figure(figure, path)
 
 
@@ -266,6 +279,6 @@ def _nudge_panel(ax: Any, group: str, rows: list[Row], layers: list[list[dict[st
                 "o-",
                 color=colors[row.training],
                 markersize=4,
-                label=row.training,
+                label=row.training if row.training not in ax.get_legend_handles_labels()[1] else None,
             )
     ax.set(title=f"{group}, {deepest} convolutions", xlabel="layer", ylabel="nudge / (β λ^(N−l)), r.m.s.")

@@ -102,6 +102,13 @@ class Workload(Options):
         pretrained = timm.is_model_pretrained(self.model)
         if data:
             shape = {"num_classes": len(data.classes), "in_chans": data.channels}
+            trained = timm.get_pretrained_cfg(self.model)
+            if pretrained and (trained.num_classes, trained.input_size[0]) != tuple(shape.values()):
+                raise ValueError(
+                    f"{self.model} was trained on images of {trained.num_classes} classes in {trained.input_size[0]} "
+                    f"channels; {self.dataset} has {len(data.classes)} in {data.channels}. Give the images that it was "
+                    "trained on (--dataset and --data-dir)."
+                )
         elif not pretrained:
             shape = {"num_classes": self.classes}
         return create_named(self.model, pretrained=pretrained, **shape, **self.model_args)

@@ -1,7 +1,7 @@
 """What each layer sees of the nudge: the measurements by which one judges whether EP trains a deep net.
 
-Plain EP fails with depth because the nudge fades on its way down from the loss, and because strong feedback settles
-slowly (Lin, Bal & Sengupta, arXiv:2508.15989). Both show here, layer by layer.
+Where plain EP fails with depth, it is because a finite nudge fades on its way down from the loss, or because strong
+feedback settles slowly (Lin, Bal & Sengupta, arXiv:2508.15989). Both show here, layer by layer.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,9 @@ class Diagnosis:
 def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
     """Measure every layer on a batch, in eval mode; the task, its model and their gradients are left as they are.
 
-    The nudge is that of forces taken at the free equilibrium. It costs about two steps of training.
+    Nudge and settling are those of the ideal net with these weights, one-sided and with forces taken at the free
+    equilibrium, whatever training does: live forces, ±β, a device, or none of it (`backprop`, `local`). It costs about
+    two steps of training.
 
     Args:
         task: with an `EpVgg`, whose output loss and signals all nudge.

@@ -139,8 +139,9 @@ class RunLog:
             epoch = rows[-1]["epoch"]
             for row in rows:
                 if row["epoch"] == epoch:
-                    for name in row.keys() - {"epoch", "layer"}:
-                        self.events.add_scalar(f"{name}/layer_{row['layer']:02d}", row[name], epoch)
+                    for name, value in row.items():
+                        if value is not None and name not in ("epoch", "layer"):  # plain kernels have no gains
+                            self.events.add_scalar(f"{name}/layer_{row['layer']:02d}", value, epoch)
             self.events.flush()
 
     def write(self, rows: list[dict[str, Any]], name: str = "summary") -> None:
