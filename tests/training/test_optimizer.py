@@ -62,7 +62,7 @@ def test_all_parameters_decay_where_asked_for():
         ({"mean": [0.5, 0.5, 0.5]}, "mean=\\[0.5, 0.5, 0.5\\] has 3 values; the images have 1 channels"),
         ({"std": [0.0]}, "must hold positive numbers only"),
         ({"layer_lr": [-0.1]}, "must hold positive numbers only"),
-        ({"max_coupling": -1}, "max_coupling=-1 is too small"),
+        ({"max_coupling": -1}, "max_coupling=-1.0 is too small"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, tmp_path):
