@@ -9,6 +9,7 @@ from torch import Tensor
 
 from timm_ep.core.settings import Settings
 from timm_ep.models import EpVgg
+from timm_ep.studies.exact import kernel_weights
 from timm_ep.studies.gradcheck import LayerCheck, compared, exact_gradients
 from timm_ep.studies.measure import Step
 from timm_ep.studies.reference import Classic, Reference
@@ -79,6 +80,5 @@ def classic_checks(model: EpVgg, images: Tensor, labels: Tensor) -> list[LayerCh
         return None
     _, _, estimates = classic.gradients(images, labels, CLASSIC.free_sweeps, CLASSIC.nudged_sweeps, _BETAS)
     kernels = [layer()[0] for layer in model.layers]  # functions of the weights: the chain rule takes it from here
-    weights = [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(kernels))]
-    gradients = torch.autograd.grad(kernels, weights, estimates[: len(kernels)])
+    gradients = torch.autograd.grad(kernels, kernel_weights(model), estimates[: len(kernels)])
     return compared([gradient.double().flatten() for gradient in gradients], exact.gradients)

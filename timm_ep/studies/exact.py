@@ -9,7 +9,7 @@ the memory of one. F is the synchronous step: each s_l to clip(u_l).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from timm_ep.core.equilibrium import no_autocast, prepared
 from timm_ep.core.free_phase import free_phase, relative_changes, synchronous_step
+from timm_ep.core.live import LossOfStates
 from timm_ep.core.settings import PHYSICAL
 from timm_ep.models import EpVgg
 
-__all__ = ["ExactGradient", "exact_gradient"]
+__all__ = ["ExactGradient", "exact_gradient", "kernel_weights", "loss_gradient"]
 
 # Relative changes at which an iteration has converged: the cosine to its limit is then 1 to eight digits
 # (scripts/README.md, "How much effort is enough"), and float32 still resolves them.
@@ -48,7 +49,18 @@ class ExactGradient(NamedTuple):
         return self.residual < 10 * _CONVERGED and self.error < 10 * _CONVERGED  # neither of which NaN is
 
 
-def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Tensor]], Tensor]) -> ExactGradient:
+def kernel_weights(model: EpVgg) -> list[Tensor]:
+    """The parameter of every layer's kernel."""
+    return [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(model.layers))]
+
+
+def loss_gradient(loss_of: LossOfStates, states: Sequence[Tensor]) -> list[Tensor]:
+    """∂L/∂s of every state; zeros where the loss does not look."""
+    leaves = [state.detach().requires_grad_() for state in states]
+    return list(torch.autograd.grad(loss_of(leaves), leaves, allow_unused=True, materialize_grads=True))
+
+
+def exact_gradient(model: EpVgg, images: Tensor, loss_of: LossOfStates) -> ExactGradient:
     """The gradient of a loss at the free equilibrium of the ideal net, whatever the sweeps and noise of the model.
 
     Args:
@@ -59,15 +71,13 @@ def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Ten
     sweeps = max(_MOST_STEPS, model.settings.free_sweeps)
     ideal: dict[str, Any] = dict.fromkeys(PHYSICAL, 0)
     settings = replace(model.settings, **ideal, gradient="bptt", free_sweeps=sweeps, tol=_CONVERGED)
-    weights = [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(model.layers))]
     net, x = prepared(model.net((images.shape[-2], images.shape[-1])), images)
     with no_autocast(x.device.type):
         with torch.no_grad():
             states = free_phase(net, x, settings, states_only=True).states
         leaves = [state.detach().requires_grad_() for state in states]
         moved = synchronous_step(net, x, leaves, settings.feedback)
-    forces = torch.autograd.grad(loss_of(leaves), leaves, allow_unused=True, materialize_grads=True)
-    errors = list(forces)
+    forces = errors = loss_gradient(loss_of, states)
     for step in range(2 * sweeps):  # a synchronous step takes errors by one layer, a sweep by as many as there are
         passed = torch.autograd.grad(
             moved, leaves, errors, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -77,6 +87,6 @@ def exact_gradient(model: EpVgg, images: Tensor, loss_of: Callable[[Sequence[Ten
         errors = following
         if (step > len(states) and change < _CONVERGED) or not math.isfinite(change):
             break
-    gradients = torch.autograd.grad(moved, weights, errors)
+    gradients = torch.autograd.grad(moved, kernel_weights(model), errors)
     residual = float(torch.stack(relative_changes(moved, leaves)).max().detach())
     return ExactGradient([gradient.double().flatten() for gradient in gradients], residual, change)

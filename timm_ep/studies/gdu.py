@@ -28,6 +28,7 @@ from timm_ep.core.live import LossOfStates
 from timm_ep.core.nudged_phase import NudgedPhase, newest_winners, nudged_phase, nudging_strengths
 from timm_ep.models import EpVgg
 from timm_ep.signals.losses import Criterion, loss_of_states
+from timm_ep.studies.exact import loss_gradient
 
 __all__ = ["StepCheck", "StepChecks", "draw_steps", "step_check"]
 
@@ -103,7 +104,7 @@ def step_check(
     with torch.no_grad():
         net = model.net((images.shape[-2], images.shape[-1]))
         trajectory = _trajectory(model, net, images, steps, free_steps)
-    gradient = _loss_gradient(loss_of, trajectory[-1])
+    gradient = loss_gradient(loss_of, trajectory[-1])
     exact = _bptt_contributions(model, net, images, trajectory, gradient)
     with torch.no_grad():
         updates = _ep_updates(model, net, images, trajectory, loss_of, steps)
@@ -125,11 +126,6 @@ def _trajectory(model: EpVgg, net: Net, x: Tensor, steps: int, free_steps: int) 
     for _ in range(steps):
         states.append(synchronous_step(net, x, states[-1], settings.feedback))
     return states
-
-
-def _loss_gradient(loss_of: LossOfStates, states: list[Tensor]) -> list[Tensor]:
-    leaves = [state.detach().requires_grad_() for state in states]
-    return list(torch.autograd.grad(loss_of(leaves), leaves, allow_unused=True, materialize_grads=True))
 
 
 def _bptt_contributions(
@@ -161,7 +157,7 @@ def _ep_updates(
 
     def live(at: list[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            return [g * len(x) for g in _loss_gradient(loss_of, at)]
+            return [g * len(x) for g in loss_gradient(loss_of, at)]
 
     frozen, scales = normalised_forces(live(states))
     forces, weights = (live, 1.0) if settings.forces == "live" else (frozen, scales)

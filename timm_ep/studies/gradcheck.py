@@ -19,7 +19,7 @@ from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.models import EpVgg
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import Criterion, Signal, loss_of_states
-from timm_ep.studies.exact import ExactGradient, exact_gradient
+from timm_ep.studies.exact import ExactGradient, exact_gradient, kernel_weights
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.studies.workload import Workload, changed
 
@@ -84,9 +84,8 @@ def weight_gradients(
     twin.set_grad_checkpointing()
     loss_of = loss_of_states(twin, labels, criterion, signal)
     loss = twin.live_loss(images, loss_of)[0] if twin.settings.live else loss_of(twin.equilibrium(images))
-    weights = [twin.get_parameter(f"layers.{layer}.weight") for layer in range(len(twin.layers))]
     # With gradient="local" a layer without a signal has none.
-    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(loss, kernel_weights(twin), allow_unused=True, materialize_grads=True)
     return [gradient.double().flatten() for gradient in gradients]
 
 

@@ -150,19 +150,18 @@ def _training(facts: RunFacts) -> str:
 
 def _check_seeds(rows: list[Row], facts: list[RunFacts], folders: list[Path], over: str | None) -> None:
     """What one cell averages over are to be seeds, and nothing else."""
-    cells: dict[Any, list[tuple[RunFacts, Path]]] = defaultdict(list)
+    cells: dict[Any, list[tuple[dict[str, Any], int, Path]]] = defaultdict(list)
     for row, fact, folder in zip(rows, facts, folders, strict=True):
-        cell = cells[row.group, row.training, row.value]
-        for other, place in cell:
-            ours, theirs = _told(fact, over), _told(other, over)
+        cell, ours = cells[row.group, row.training, row.value], _told(fact, over)
+        for theirs, seed, place in cell:
             apart = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-            if apart or fact.seed == other.seed:
+            if apart or fact.seed == seed:
                 why = f"differ in {', '.join(apart)}" if apart else f"have the same seed, {fact.seed}"
                 raise ValueError(
                     f"{place} and {folder} are both {row.training}, and {why}: the table would average over that. Put "
                     "them into folders of their own, which are compared side by side, or go over a setting (--over)."
                 )
-        cell.append((fact, folder))
+        cell.append((ours, fact.seed, folder))
 
 
 def _told(facts: RunFacts, over: str | None) -> dict[str, Any]:
