@@ -174,8 +174,14 @@ def test_it_takes_nothing_where_nothing_is_asked_for(monkeypatch):
 def test_what_a_device_cannot_do_is_refused(other):
     with pytest.raises(ValueError, match="settles for a fixed time under frozen forces"):
         EpVgg((4, "M"), state_bits=4, **other)
+
+
+def test_noise_is_not_negative_and_there_is_feedback_to_disturb():
     with pytest.raises(ValueError, match="is too small; it must be at least 0"):
         Settings(state_noise=-0.1)
+    with pytest.raises(ValueError, match=r"feedback=0 sends nothing down.*gradient='backprop'"):
+        Settings(state_noise=0.1, feedback=0)
+    assert Settings(state_noise=0.1, feedback=0, gradient="backprop").physical
 
 
 def test_weights_are_written_once_for_both_phases():

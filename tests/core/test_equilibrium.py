@@ -2,11 +2,13 @@
 
 import copy
 import re
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from conftest import make_batch, make_net
@@ -336,3 +338,27 @@ def test_only_layers_that_learn_are_waited_for():
             F.cross_entropy(model(x), y).backward()
         model.layers[:2].requires_grad_(False)
         F.cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.parametrize("update", ["synchronous", "odd-even", "sweep"])
+@pytest.mark.parametrize("pulled", [[0], [1, 4], [0, 2, 5], [2, 3, 8]])
+def test_layers_between_forces_are_missed_as_well(update, pulled):
+    """The warning counts the layers that have next to nothing of their exact gradient, wherever they lie."""
+    model, (x, _) = make_net(9, 0.5, feedback=1e-6, update=update, nudged_sweeps=1), make_batch()
+    norms = {}
+    for gradient in ("bptt", "ep"):
+        model.gradient = gradient
+        model.zero_grad()
+        states = model.equilibrium(x)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            sum(states[layer].square().sum() for layer in pulled).backward()
+        norms[gradient] = [layer.bias.grad.norm() for layer in model.layers[: pulled[-1] + 1]]
+    missed = [ours < 1e-3 * exact for ours, exact in zip(norms["ep"], norms["bptt"], strict=True)]
+    assert [f"does not reach {sum(missed)} of 9 layers" in str(each.message) for each in told] == [True] * any(missed)
+
+
+def test_forward_mode_is_refused():
+    model, (x, _) = make_net(4, 0.5), make_batch()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"forward_ad.*gradient = 'bptt'"):
+        model(forward_ad.make_dual(x, torch.ones_like(x)))

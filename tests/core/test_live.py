@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import make_batch
+from conftest import make_batch, make_net
 from timm_ep import EpVgg, Settings
 from timm_ep.core.free_phase import free_phase, phase_at
 from timm_ep.core.nudged_phase import coordinate_scales, nudged_phase, nudged_states
@@ -69,6 +69,7 @@ def parameter_gradients(model, criterion, x, y):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:The nudge does not reach")  # one step is compared as well
 @pytest.mark.parametrize("readout", ["head", "state"])
 @pytest.mark.parametrize("criterion", ["cross-entropy", "squared-error"])
 @pytest.mark.parametrize("nudging", ["one-sided", "random-sign", "centered"])
@@ -98,6 +99,7 @@ def test_gradients_are_those_of_the_published_algorithm(depth, pool, nudging, cr
         assert_close(ours.head.fc.bias.grad, readouts[1], **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:The nudge does not reach")  # one step is compared as well
 @pytest.mark.parametrize("readout", ["head", "state"])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 @pytest.mark.parametrize("depth", [2, 3, 4])
@@ -426,3 +428,57 @@ def test_parts_of_a_loss_with_dropout_add_up():
     task = EpTask(model, LocalErrors(model, 0.3), dtype=torch.float64)
     losses = task(*make_batch())
     assert_close(losses["output_loss"] + losses["local_error"], losses["loss"].detach())
+
+
+def test_a_live_nudge_that_does_not_come_down_is_told():
+    """By the number of layers without a gradient; one more sweep for each that is to have one."""
+    model, (x, y) = classic(nudged_sweeps=1), make_batch()
+    for sweeps in range(1, len(model.layers)):
+        model.nudged_sweeps = sweeps
+        model.zero_grad()
+        with pytest.warns(
+            UserWarning, match=f"does not reach {len(model.layers) - sweeps} of {len(model.layers)} layers"
+        ):
+            model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))[0].backward()
+        assert [layer.bias.grad.norm() > 0 for layer in model.layers].count(True) == sweeps
+
+
+@pytest.mark.parametrize("settings", [{"state_noise": 0.01, "beta": 0.1}, {"products": "bfloat16"}])
+def test_live_forces_are_not_for_devices_and_short_products(settings):
+    model, (x, y) = make_net(4, 0.5, feedback=1.0, **settings), make_batch()
+    with pytest.raises(ValueError, match=r"forces='live'|live forces"):
+        model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))
+
+
+def test_the_criterions_own_parameters_learn():
+    """By the gradient at the nudged states, as those of a read-out; in both kinds of forces."""
+
+    class Tempered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+        def forward(self, output, target):
+            return F.cross_entropy(output * self.temperature, target)
+
+    found = {}
+    settled = {"gain": 1.0, "free_sweeps": 100}  # so that what is nudged is what the loss is of
+    nets = {"live": classic(beta=1e-4, **settled), "frozen": classic(forces="frozen", beta=1e-7, **settled)}
+    for name, net in nets.items():
+        x, y = make_batch()
+        task = EpTask(net, criterion=Tempered())
+        task(x, y)["loss"].backward()
+        found[name] = float(task.criterion.temperature.grad)
+    assert found["live"] == pytest.approx(found["frozen"], rel=0.02)
+    assert found["frozen"] != 0
+
+
+def test_the_gradient_of_the_image_has_live_forces_whatever_learns():
+    model, (x, y) = classic(), make_batch()
+    task, found = EpTask(model), []
+    for learns in (True, False):
+        model.requires_grad_(learns)
+        images = x.clone().requires_grad_()
+        task(images, y)["loss"].backward()
+        found.append(images.grad)
+    torch.testing.assert_close(*found)

@@ -18,6 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_ep
 from conftest import make_batch, make_net
+from timm_ep import EpVgg
 
 NAMES = timm.list_models("ep_*")
 SMALL = "ep_vgg5_025"
@@ -266,6 +267,28 @@ def test_a_name_without_weights_says_which_have_them(name):
 def test_bad_images_are_named(images, error, message):
     with pytest.raises(error, match=message):
         timm.create_model(SMALL)(images)
+
+
+def test_images_that_vanish_on_the_way_up_are_too_small():
+    """Large paddings would make maps of nothing out of an empty one."""
+    model = EpVgg((1, "M", 17, "M"), num_classes=3, padding=[0, 2])
+    with pytest.raises(ValueError, match="3×7 pixels are too small: 2 poolings need at least 4×4"):
+        model(torch.rand(1, 3, 3, 7))
+    assert model(torch.rand(1, 3, 4, 7)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"free_sweeps": False}, TypeError, "free_sweeps=False is a bool; give a number like 6"),
+        ({"tol": False}, TypeError, "tol=False is a bool"),
+        ({"init_gain": float("nan")}, ValueError, "give one number of at least 0"),
+        ({"init_gain": [1.0, -1.0]}, ValueError, "give one number of at least 0"),
+    ],
+)
+def test_arguments_that_are_no_numbers_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        EpVgg((4, "M", 6, "M"), **arguments)
 
 
 def test_unknown_arguments_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.testing import assert_close
 
 from conftest import make_batch, make_net
@@ -99,6 +99,19 @@ def test_vmap_gives_the_exact_gradient_of_each_sample(gradient):
         F.cross_entropy(model(images[index : index + 1]), labels[index : index + 1]).backward()
         for name, parameter in model.named_parameters():
             assert_close(each[name][index], parameter.grad)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_pass_without_grad_too():
+    model, (images, _) = make_net(4, gradient="bptt"), make_batch()
+    moved = torch.randn_like(images)
+    with torch.no_grad():
+        assert_close(vmap(lambda image: model(image[None])[0])(images), model(images))
+        _, tangent = jvp(model, (images,), (moved,))
+        step = 1e-6
+        assert_close(
+            tangent, (model(images + step * moved) - model(images - step * moved)) / (2 * step), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_ep_does_not_pass_through_transforms():

@@ -266,3 +266,24 @@ def test_the_loss_of_an_output_state_is_the_squared_error():
     output = model(x)
     expected = 0.5 * (output - F.one_hot(y, 5)).square().sum(1).mean()
     assert_close(EpTask(model, dtype=torch.float64)(x, y)["loss"], expected)
+
+
+def test_hooks_that_the_task_would_not_call_are_refused():
+    model, (x, y) = make_net(4), make_batch()
+    for register in (model.register_forward_pre_hook, model.register_forward_hook):
+        handle = register(lambda *given: None)
+        with pytest.raises(ValueError, match="hooks on its forward pass, which EpTask does not call"):
+            EpTask(model)(x, y)
+        handle.remove()
+    EpTask(model)(x, y)
+
+
+def test_signals_take_a_model_whose_kernels_are_parametrised():
+    """Gradients are those of the net with the kernels that come out, as autograd through the settling has them."""
+    model, (x, y) = make_net(4, 0.2, feedback=0.5, free_sweeps=60, nudged_sweeps=60, beta=1e-7), make_batch()
+    torch.nn.utils.parametrizations.weight_norm(model.layers[1], "weight")
+    task = EpTask(model, LocalErrors(model, 0.3), dtype=torch.float64)
+    ours = gradients(task, x, y)
+    model.gradient = "bptt"
+    for name, exact in gradients(task, x, y).items():
+        assert_close(ours[name], exact, rtol=0.01, atol=1e-3 * float(exact.abs().max()))

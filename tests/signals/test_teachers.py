@@ -68,7 +68,7 @@ def test_features_and_logits_are_those_of_the_model_alone(name):
 
 
 def test_any_module_teaches_its_logits():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 7))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 7))
     answer = create_teacher(model, MEAN, STD)(torch.rand(2, 3, 32, 32))
     assert answer.features == ()
     assert answer.logits.shape == (2, 7)
@@ -281,3 +281,17 @@ def test_a_feature_with_one_huge_value_is_a_target_of_variance_one(monkeypatch):
     for size in (14, 4, 2):
         pooled = F.adaptive_avg_pool2d(found, size)
         assert F.layer_norm(pooled, pooled.shape[1:]).var((1, 2, 3)).numpy() == pytest.approx(1, abs=0.01)
+
+
+def test_a_module_of_the_users_own_sees_what_the_student_sees():
+    """Nothing says that it was trained on other images; asked for another size, it is shown that."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 7)
+    )
+    images, (mean, std) = torch.randn(2, 3, 20, 20), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    teacher = create_teacher(model, mean, std)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images).logits, model(images))
+    assert teacher.extra_repr() == "shown the student's images in 3 channels"
+    assert create_teacher(model, mean, std, img_size=24).adapt(images).shape == (2, 3, 24, 24)

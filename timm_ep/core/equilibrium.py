@@ -32,7 +32,7 @@ from timm_ep.core.nudged_phase import (
     routed_difference,
     warn_of_unreached,
 )
-from timm_ep.core.recording import recording
+from timm_ep.core.recording import recording, transformed
 from timm_ep.core.settings import PHYSICAL, Settings
 
 
@@ -108,7 +108,7 @@ def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
         net = Net(net.couplings, kernels, biases).written_out((x.shape[-2], x.shape[-1]))
         # Settling repeats convolutions and their adjoints on the same maps: this is the faster format for both.
         # (Under `vmap` a tensor has no format.)
-        layout = torch.preserve_format if torch._C._are_functorch_transforms_active() else torch.channels_last
+        layout = torch.preserve_format if transformed() else torch.channels_last
         kernels = tuple(k if k.dim() == 2 else k.to(memory_format=layout) for k in net.kernels)
         return net._replace(kernels=kernels), x.to(dtype=dtype, memory_format=layout)
 
@@ -144,6 +144,13 @@ def refuse_second_derivatives() -> None:
 
 
 class _Equilibrium(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "EP runs backwards, from a loss; forward-mode derivatives (forward_ad, jvp) do not pass through it. Set "
+            "model.gradient = 'bptt' for those."
+        )
+
     @staticmethod
     def forward(
         ctx: Any, settings: Settings, learns: bool, couplings: tuple[Coupling, ...], x: Tensor, *params: Tensor
@@ -267,6 +274,13 @@ def device_gradient(
     return _estimated(net, x, normalised_forces(grads, gains), settings, needed, phases)
 
 
+def layers_needed(needed: Sequence[bool], depth: int) -> list[bool]:
+    """Whether a gradient is wanted of each layer, or with the first of the input; from those of `ep_gradient`."""
+    kernels, biases = needed[1 : depth + 1], needed[depth + 1 : 2 * depth + 1]
+    learns = [kernel or bias for kernel, bias in zip(kernels, biases, strict=True)]
+    return [learns[0] or needed[0], *learns[1:]]
+
+
 def _estimated(
     net: Net,
     x: Tensor,
@@ -278,8 +292,7 @@ def _estimated(
     """The contrast of the two `phases` under normalised forces and each β, at the scale of the forces."""
     forces, scales = normalised
     depth = len(forces)
-    learns = [kernel or bias for kernel, bias in zip(needed[1 : depth + 1], needed[depth + 1 :], strict=True)]
-    warn_of_unreached(forces, [learns[0] or needed[0], *learns[1:]], settings)
+    warn_of_unreached([force is not None for force in forces], layers_needed(needed, depth), settings)
     scale = scales.amax()
     weights = (scales / scale).to(x.dtype)
     estimates = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timm_ep.core.energy import Drive, Net
-from timm_ep.core.recording import recording
+from timm_ep.core.recording import recording, transformed
 from timm_ep.core.schedule import Sweep, Visit, schedule
 from timm_ep.core.settings import Settings
 
@@ -144,7 +144,8 @@ def _sweep(net: Net, phase: FreePhase, sweep: Sweep, feedback: float, store: Sto
 def _update(net: Net, phase: FreePhase, visit: Visit, feedback: float, store: Store) -> Tensor:
     """The new state of a layer; the pre-activation goes into the phase."""
     layer = visit.layer
-    in_place = not (torch.is_grad_enabled() or recording())  # a new map costs as much as what is computed in it
+    # A new map costs as much as what is computed in it; what differentiates or batches has to see one all the same.
+    in_place = not (torch.is_grad_enabled() or recording() or transformed())
     drive, spare = phase.newest_drive(net, layer), None
     total = drive.value
     # The layer below still needs the winners of max pooling, and a drive beside short products is there to be shifted.

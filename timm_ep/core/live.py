@@ -21,9 +21,23 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from timm_ep.core.energy import Net
-from timm_ep.core.equilibrium import averaged, contrast, no_autocast, prepared, refuse_second_derivatives
+from timm_ep.core.equilibrium import (
+    averaged,
+    contrast,
+    layers_needed,
+    no_autocast,
+    prepared,
+    refuse_second_derivatives,
+)
 from timm_ep.core.free_phase import FreePhase, free_phase, phase_at
-from timm_ep.core.nudged_phase import coordinate_scales, newest_winners, nudged_phase, nudged_states, nudging_strengths
+from timm_ep.core.nudged_phase import (
+    coordinate_scales,
+    newest_winners,
+    nudged_phase,
+    nudged_states,
+    nudging_strengths,
+    warn_of_unreached,
+)
 from timm_ep.core.settings import Settings
 
 __all__ = ["LossOfStates", "live_loss"]
@@ -103,6 +117,7 @@ class _Objective:
 
     def __init__(self, loss: LossOfStates, x: Tensor) -> None:
         self.loss, self.batch, self.calls = loss, len(x), 0
+        self.forced: list[bool] = []  # whether the loss looks at each state, once forces were asked for
         device = x.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         self.autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device)) if casts else nullcontext
@@ -128,7 +143,8 @@ class _Objective:
             leaves = [state.detach().requires_grad_() for state in states]
             value = self(leaves)
         grads = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else ()
-        if all(grad is None for grad in grads):
+        self.forced = [grad is not None for grad in grads]
+        if not any(self.forced):
             raise ValueError("The loss depends on no state; compute it from the states it is called with.")
         return [
             torch.zeros_like(state)
@@ -168,4 +184,5 @@ def _live_gradient(
         states = nudged_states(free, nudged, coordinate_scales(settings, beta, len(free.states), x.dtype))
         of_loss = objective.gradients(states, parameters, needed[len(needed) - len(parameters) :])
         estimates.append([*(None if part is None else part / objective.batch for part in of_energy), *of_loss])
+    warn_of_unreached(objective.forced, layers_needed(needed, len(free.states)), settings)
     return averaged(estimates)

@@ -123,23 +123,22 @@ def nudged_phase(
     return phase
 
 
-def warn_of_unreached(forces: Sequence[Tensor | None], learns: Sequence[bool], settings: Settings) -> None:
-    """Layers below all forces that the nudge does not reach get no gradient, which is not to happen in silence.
+def warn_of_unreached(forced: Sequence[bool], learns: Sequence[bool], settings: Settings) -> None:
+    """Layers that no force from above reaches get no gradient, which is not to happen in silence.
 
     Args:
-        forces: g_l per layer (None: none).
+        forced: whether there is a force on each layer.
         learns: whether a gradient is wanted of each layer.
         settings: the sweeps and their order.
     """
-    lowest = next((layer for layer, force in enumerate(forces) if force is not None), 0)
-    needed = [
-        sweeps
-        for sweeps, wanted in zip(arrivals(settings.update, len(forces), lowest), learns, strict=False)
-        if wanted and sweeps > settings.nudged_sweeps
-    ]
+    earliest: dict[int, int] = {}  # of all the forces above a layer
+    for source in (layer for layer, has_force in enumerate(forced) if has_force):
+        for layer, sweeps in enumerate(arrivals(settings.update, len(forced), source)):
+            earliest[layer] = min(sweeps, earliest.get(layer, sweeps))
+    needed = [sweeps for layer, sweeps in earliest.items() if learns[layer] and sweeps > settings.nudged_sweeps]
     if needed:
         warnings.warn(
-            f"The nudge does not reach {len(needed)} of {len(forces)} layers: their gradient is 0. With "
+            f"The nudge does not reach {len(needed)} of {len(forced)} layers, whose gradient is missing. With "
             f"update={settings.update!r} it moves by a layer or two a sweep; raise nudged_sweeps="
             f"{settings.nudged_sweeps} to {max(needed)} or more, or nudge every layer by an error signal.",
             stacklevel=2,

@@ -31,8 +31,8 @@ class Settings:
             changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ. In the other orders of `update` a
-            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; with frozen forces, that it does not
-            come down to the first that learns is a warning.
+            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; that it does not come down to every
+            layer that learns is a warning.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
             be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
@@ -123,7 +123,9 @@ class Settings:
                     raise ValueError(
                         f"{option.name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}."
                     )
-            elif not isinstance(value, int if isinstance(option.default, int) else (int, float)) or value is True:
+            elif isinstance(value, bool) or not isinstance(
+                value, int if isinstance(option.default, int) else (int, float)
+            ):
                 raise TypeError(
                     f"{option.name}={value!r} is a {type(value).__name__}; give a number like {option.default}."
                 )
@@ -135,6 +137,11 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
         if self.beta == 0:
             raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
+        if self.physical and self.gradient == "ep" and not self.feedback:
+            raise ValueError(
+                "feedback=0 sends nothing down, and what a device reads of its layers is noise alone; give λ > 0, or "
+                "gradient='backprop' for the twin without feedback."
+            )
         if self.physical and (self.forces == "live" or self.products != "full" or self.tol > 0):
             raise ValueError(
                 "A device (noise, bits, feedback_mismatch) settles for a fixed time under frozen forces, in full "

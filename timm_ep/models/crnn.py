@@ -1,7 +1,7 @@
 """Convolutional recurrent nets that settle: the parameters of their couplings, and the model that timm sees."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -129,7 +129,7 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         self.padding = (padding,) * depth if isinstance(padding, int) else tuple(padding)
         init_gains = (init_gain,) * depth if isinstance(init_gain, int | float) else tuple(init_gain)
         for name, values in {"padding": self.padding, "init_gain": init_gains}.items():
-            if len(values) != depth or min(values) < 0:
+            if len(values) != depth or not all(0 <= value < float("inf") for value in values):
                 raise ValueError(f"{name}={values}: give one number of at least 0, or one for each of {depth} layers.")
         layers: list[EpConv2d] = []
         for index, (below, channels, pooled, _) in enumerate(convolutions):
@@ -233,9 +233,11 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         return Net(tuple(couplings), tuple(kernels), tuple(biases))
 
     def top_size(self, size: int) -> int:
-        """Side of the last state for images of this side; 0 or less if there is none."""
+        """Side of the last state for images of this side; 0 or less if there is none, or no state on the way to it."""
         for pooled, padding in zip(self.pooled, self.padding, strict=True):
             size = (size + 2 * padding - 2) // (2 if pooled else 1)
+            if size < 1:
+                break
         return size
 
     def equilibrium(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -272,14 +274,15 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             The loss at the free equilibrium, and the free states, which carry no gradient.
 
         Raises:
-            ValueError: `gradient` is not `ep`, the loss is no scalar, or depends on no state; images as for
-                `equilibrium`.
+            ValueError: `gradient` is not `ep`, the model is a device or has short products, the loss is no scalar, or
+                depends on no state; images as for `equilibrium`.
         """
         if self.settings.gradient != "ep":
             raise ValueError(
                 f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
                 "model.equilibrium(x) instead."
             )
+        replace(self.settings, forces="live")  # raises what live forces cannot do
         own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
         unique = {id(parameter): parameter for parameter in (*own, *parameters)}
         return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))

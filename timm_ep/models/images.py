@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_ep.core.recording import recording
+from timm_ep.core.recording import recording, transformed
 
 __all__ = ["check_images"]
 
@@ -28,8 +28,7 @@ def check_images(model: Any, x: Tensor) -> None:
             "What is exported is inference: call model.eval() first. EP's gradient comes from two phases, which no "
             "exported graph holds."
         )
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and model.settings.gradient == "ep":
+    if transformed() and model.settings.gradient == "ep":
         raise NotImplementedError(
             "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
             "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
@@ -56,7 +55,7 @@ def check_images(model: Any, x: Tensor) -> None:
         return  # values, and the size of the batch, are those of an example
     if len(x) == 0:
         raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
-    if x.device.type == "cpu" and not transformed and not torch.isfinite(x.detach().sum()):
+    if x.device.type == "cpu" and not transformed() and not torch.isfinite(x.detach().sum()):
         # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
         bad = int((~torch.isfinite(x)).sum())
         if bad:

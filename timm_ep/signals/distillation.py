@@ -63,7 +63,7 @@ class FeatureDistillation(nn.Module):
         self.loss = loss
         self.matches = [_nearest(2 ** sum(model.pooled[:layer]), teacher.reductions) for layer in self.layers]
         self.units = [model.unit**layer for layer in self.layers]
-        like = model.get_parameter("layers.0.weight")
+        like = model.get_parameter("layers.0.bias")  # its kernel may be parametrised
         self.projections = nn.ModuleList(
             nn.Conv2d(channels_of(model, layer), teacher.channels[match], 1, device=like.device, dtype=like.dtype)
             for layer, match in zip(self.layers, self.matches, strict=True)

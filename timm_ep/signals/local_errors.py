@@ -38,7 +38,7 @@ class LayerClassifiers(nn.Module):
             raise ValueError(f"pooled_size={pooled_size} is too small; it must be at least 1.")
         self.layers, self.pooled_size = chosen_layers(layers, list(range(1, depth + 1)), depth), pooled_size
         self.units = [model.unit**layer for layer in self.layers]  # the size of what the classifiers see
-        like = model.get_parameter("layers.0.weight")
+        like = model.get_parameter("layers.0.bias")  # its kernel may be parametrised
         self.classifiers = nn.ModuleList(
             nn.Linear(
                 channels_of(model, layer) * pooled_size**2, model.num_classes, device=like.device, dtype=like.dtype

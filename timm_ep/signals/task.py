@@ -39,7 +39,13 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)
-        if has_states and self.model.settings.live and self.model.learns and torch.is_grad_enabled():
+        if has_states and (self.model._forward_pre_hooks or self.model._forward_hooks):
+            raise ValueError(
+                "The model has hooks on its forward pass, which EpTask does not call, as it asks for the states "
+                "(equilibrium) and their output; put what they do into the images or the losses, or hook its parts."
+            )
+        learns = has_states and (self.model.learns or images.requires_grad)
+        if learns and self.model.settings.live and torch.is_grad_enabled():
             return self._live_losses(images, target, taught)
         states = self.model.equilibrium(images) if has_states else (self.model.forward_features(images),)
         return self.losses(states, target, taught)
@@ -54,8 +60,13 @@ class _Objective(nn.Module):
                 free.update(losses)
             return losses["loss"]
 
-        loss, _ = self.model.live_loss(images, objective, self.signals.parameters())
+        loss, _ = self.model.live_loss(images, objective, self.own_parameters())
         return {**free, "loss": loss}
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those of the signals and of the criterion, which timm also takes as a function."""
+        own: Any = self.criterion
+        return [*self.signals.parameters(), *(own.parameters() if isinstance(own, nn.Module) else ())]
 
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)

@@ -43,13 +43,13 @@ class Teacher(nn.Module):
     """A frozen model in eval mode, called with the student's images: features and logits in one pass.
 
     Args:
-        model: with trained weights.
+        model: with trained weights; frozen and put into eval mode itself, not a copy.
         mean: per channel, with which the student's images were normalised.
         std: per channel, likewise.
         img_size: side of the images that the model is shown, in pixels; by default its own.
 
     Attributes:
-        input_size: height and width of the images that the model is shown.
+        input_size: height and width of the images that the model is shown; None: as the student sees them.
         channels: of each feature.
         reductions: pixels per cell of each feature.
     """
@@ -64,9 +64,13 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        config = resolve_data_config(model=model)
-        self.in_chans, height, width = config["input_size"]
-        self.input_size = (img_size, img_size) if img_size else _only_size(model) or (height, width)
+        if getattr(model, "pretrained_cfg", None):
+            config = resolve_data_config(model=model)
+            self.in_chans, *own_size = config["input_size"]
+        else:  # no model of timm's: nothing says that it knows other images than the student does
+            config, self.in_chans, own_size = {"mean": mean, "std": std}, len(mean), []
+        size = (img_size, img_size) if img_size else _only_size(model) or tuple(own_size)
+        self.input_size: tuple[int, ...] | None = size or None
         for name, values in (
             ("student_mean", mean),
             ("student_std", std),
@@ -81,7 +85,8 @@ class Teacher(nn.Module):
 
     def extra_repr(self) -> str:
         """What it is shown."""
-        return f"shown {self.input_size[0]}×{self.input_size[1]} pixels in {self.in_chans} channels"
+        size = f"{'×'.join(map(str, self.input_size))} pixels" if self.input_size else "the student's images"
+        return f"shown {size} in {self.in_chans} channels"
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
@@ -92,7 +97,7 @@ class Teacher(nn.Module):
         images = images * self.student_std + self.student_mean
         if images.shape[1] != self.in_chans:
             images = images.mean(1, keepdim=True).expand(-1, self.in_chans, -1, -1)
-        if images.shape[-2:] != self.input_size:
+        if self.input_size and images.shape[-2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode="bicubic", antialias=True).clamp(0, 1)
         return (images - self.mean) / self.std
 
@@ -168,7 +173,9 @@ def create_teacher(
 
     Args:
         source: a name of timm (`resnet18.a1_in1k`), `hf-hub:OWNER/NAME`, `local-dir:FOLDER`, a folder that training
-            wrote or a file in it, or a module with trained weights.
+            wrote or a file in it, or a module with trained weights, which is frozen and put into eval mode (hand in a
+            `copy.deepcopy` of one that goes on learning). A module that is no model of timm's is shown the student's
+            images as they are, normalised by `mean` and `std`.
         mean: per channel, with which the student's images are normalised; its length is their number of channels.
         std: per channel.
         checkpoint: weights for the model that `source` names, a file of timm's training scripts or safetensors.
@@ -178,7 +185,8 @@ def create_teacher(
             was trained at, where its configuration does not say so. By default its own: that of its position
             embeddings, or of its configuration. Models of one size, such as a ViT, are built for this one.
         model_args: further arguments of the model that `source` names: `{"free_sweeps": 0}` has an `ep_vgg*` answer by
-            a single pass, at the price of its feedback.
+            a single pass, at the price of its feedback (from a zero start, as in `classic`, it is `gradient: backprop`
+            that does).
 
     Raises:
         FileNotFoundError: no such folder or file.

@@ -50,8 +50,19 @@ class ExactGradient(NamedTuple):
 
 
 def kernel_weights(model: EpVgg) -> list[Tensor]:
-    """The parameter of every layer's kernel."""
-    return [model.get_parameter(f"layers.{layer}.weight") for layer in range(len(model.layers))]
+    """The parameter of every layer's kernel.
+
+    Raises:
+        ValueError: a kernel is computed from other parameters (`torch.nn.utils.parametrizations`, `prune`).
+    """
+    weights = [dict(layer.named_parameters(recurse=False)).get("weight") for layer in model.layers]
+    for number, weight in enumerate(weights):
+        if weight is None:
+            raise ValueError(
+                f"The kernel of layers.{number} is computed from other parameters, and no gradient can be taken of it "
+                "alone; remove what parametrises it (parametrize.remove_parametrizations, prune.remove)."
+            )
+    return [weight for weight in weights if weight is not None]
 
 
 def loss_gradient(loss_of: LossOfStates, states: Sequence[Tensor]) -> list[Tensor]:

@@ -38,6 +38,7 @@ from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
 from timm_ep.training.optimizer import create_optimizer
 from timm_ep.training.options import TrainingOptions
+from timm_ep.training.precision import optimizer_precision, precision_notes
 
 __all__ = ["create_loop", "create_model", "freeze_modules", "open_images"]
 
@@ -276,7 +277,10 @@ def create_loop(
         cache=cache,
         identity=identity,
         probe=_probe(options, images),
+        optimizer_precision=optimizer_precision(world),
     )
+    for note in precision_notes(options, model, world.device):
+        loop.log.warn(note)
     if task.teacher is not None:
         loop.log.say(f"teacher {options.teacher}: {task.teacher.extra_repr()}")
     if state:

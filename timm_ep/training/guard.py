@@ -17,7 +17,7 @@ def layer_residuals(model: nn.Module, images: Tensor) -> Tensor:
     """`EpVgg.layer_residuals` on some of the images; empty for a model without states."""
     if not isinstance(model, EpVgg):
         return torch.zeros(0, 0)
-    return model.layer_residuals(images[:_IMAGES].to(model.get_parameter("layers.0.weight").dtype))
+    return model.layer_residuals(images[:_IMAGES].to(model.get_parameter("layers.0.bias").dtype))
 
 
 def broken_weights(model: nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ class TrainingLoop:
         cache: the teacher's answers; None to ask it at each batch.
         identity: what else must be equal when a run goes on, written into checkpoints.
         probe: images and labels, always the same, on which every layer is measured after each epoch; None for none.
+        optimizer_precision: the context of the optimizer's steps.
         progress: where the training is.
     """
 
@@ -110,6 +111,7 @@ class TrainingLoop:
     cache: TeacherCache | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     probe: tuple[Tensor, Tensor] | None = None
+    optimizer_precision: AbstractContextManager[Any] = field(default_factory=nullcontext)
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -249,7 +251,8 @@ class TrainingLoop:
             if options.clip_grad:
                 clipped = self.task.get_clip_parameters(exclude_head=options.clip_mode == "agc")
                 dispatch_clip_grad(clipped, options.clip_grad, options.clip_mode)
-            self.scaler.step(self.optimizer)
+            with self.optimizer_precision:
+                self.scaler.step(self.optimizer)
             progress.loss_sum += loss
             progress.correct += hits
             progress.seen += seen

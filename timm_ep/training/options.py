@@ -118,7 +118,8 @@ class TrainingOptions(Options):
         model_ema: average the weights over the updates; the average is what is tested and saved.
         model_ema_decay: share of the average that stays at each update.
         model_ema_warmup: begin with a faster average.
-        amp: settle and compute in half precision where that is safe.
+        amp: settle and compute in half precision where that is safe. A CPU needs instructions for it (x86: AVX-512),
+            without which it is far slower than in float32: a warning says so.
         amp_dtype: `bfloat16`, or `float16` with loss scaling.
         channels_last: keep images and kernels in that memory format. The settling always does.
         torchcompile: compile the model by this backend, such as `inductor`. For an `ep_vgg*` that is the read-out and
