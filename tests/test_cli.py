@@ -112,6 +112,22 @@ def test_the_saved_options_repeat_the_run(tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--config", "SAVED"], ["--config=SAVED"]])
+def test_options_override_the_file_wherever_it_stands(words, tmp_path, monkeypatch):
+    """Else the folder in it would be trained over."""
+    chosen = []
+    monkeypatch.setattr(Trainer, "run", lambda options: chosen.append(options))
+    saved = tmp_path / "args.yaml"
+    saved.write_text(yaml.safe_dump({"output": "old", "epochs": 3, "model_args": {"free_sweeps": 6, "beta": 0.5}}))
+    words = [word.replace("SAVED", str(saved)) for word in words]
+    options = ["--output", "new", "--epochs=1", "--model-args.free_sweeps=2", "--amp", "False", "--quiet", "True"]
+    cli.main(["train", *options, *words])
+    cli.main(["train", *words, *options])
+    for options in chosen:
+        assert (str(options.output), options.epochs, options.amp, options.quiet) == ("new", 1, False, True)
+        assert options.model_args == {"free_sweeps": 2, "beta": 0.5}
+
+
 def test_lines_tell_the_progress_where_there_is_no_terminal(tmp_path, capsys):
     cli.main(["train", *TINY[:2], "--epochs=2", "--train-images=64", f"--output={tmp_path}"])
     printed = capsys.readouterr()

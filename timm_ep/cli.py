@@ -3,14 +3,12 @@
 import dataclasses
 import io
 import os
-import re
 import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -43,7 +41,6 @@ Options of a command: timm-ep COMMAND --help
 
 # Errors whose messages are written for users.
 _EXPLAINED = (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ModuleNotFoundError)
-_VARIABLE = re.compile(r"\$(\w|\{\w+\})")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,12 +75,12 @@ def _main(words: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
     flags = {option.name for option in dataclasses.fields(kind) if option.type is bool}
-    config = parser.parse_args(_with_values([_underscored(option) for option in options], flags))
+    config = parser.parse_args(_with_values(_config_first([_underscored(option) for option in options]), flags))
     debug = config.pop("debug")
     del config["config"]
     try:
         values = vars(parser.instantiate(config))
-        kind(**{key: _found(value) for key, value in values.items()}).run()
+        kind(**values).run()
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
@@ -98,30 +95,6 @@ def _main(words: list[str]) -> None:
         if isinstance(error, _EXPLAINED):
             parser.exit(2, f"timm-ep {name}: error: {message}\n")
         parser.exit(1, f"timm-ep {name}: unexpected {type(error).__name__}: {message}\n--debug shows where it arose.\n")
-
-
-def _found(value: Any) -> Any:
-    """A path with `~` and variables of the environment put in; the shell does so only for words that begin with them.
-
-    Raises:
-        ValueError: a variable that is not set, or a user that is not known.
-    """
-    if isinstance(value, list):
-        return [_found(item) for item in value]
-    if isinstance(value, Path):
-        return Path(_expanded(str(value)))
-    if isinstance(value, str):  # which may be a path too, as of a teacher
-        kind = next(kind for kind in ("local-dir:", "hfds/", "") if value.startswith(kind))
-        path = value.removeprefix(kind)
-        return kind + _expanded(path) if path.startswith(("~", "$")) else value
-    return value
-
-
-def _expanded(path: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if (expanded.startswith("~") or _VARIABLE.search(expanded)) and not os.path.exists(expanded):
-        raise ValueError(f"{path} has a user or a variable of the environment that is not known here.")
-    return expanded
 
 
 def run_script(words: Sequence[str]) -> None:
@@ -154,9 +127,21 @@ def _underscored(option: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else option
 
 
+def _config_first(options: list[str]) -> list[str]:
+    """The file of options before those that override it, wherever it stands: what is parsed last counts."""
+    files = {index for index, option in enumerate(options) if option.startswith("--config=")}
+    for index, option in enumerate(options):
+        if option == "--config":
+            files |= {index, index + 1}
+    chosen = [option for index, option in enumerate(options) if index in files]
+    return chosen + [option for index, option in enumerate(options) if index not in files]
+
+
 def _with_values(options: list[str], flags: set[str]) -> list[str]:
     """A flag alone is a flag set: `--quiet` is `--quiet=true`."""
     return [
-        f"{option}=true" if option.removeprefix("--") in flags and following not in ("true", "false") else option
+        f"{option}=true"
+        if option.removeprefix("--") in flags and following.lower() not in ("true", "false")
+        else option
         for option, following in zip(options, [*options, ""][1:], strict=True)
     ]

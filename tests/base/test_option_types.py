@@ -77,3 +77,14 @@ def test_a_subclass_has_a_constructor_and_fields_of_its_own():
 
     assert Longer(3).epochs == 30
     assert replace(Trainer(epochs=3), lr="0.5") == Trainer(epochs=3, lr=0.5)
+
+
+def test_homes_and_variables_in_paths_are_those_of_the_system(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PICTURES", str(tmp_path / "pictures"))
+    names = {"teacher": "local-dir:~/teacher", "dataset": "hfds/~/pets"}
+    options = Trainer(output="~/runs", data_dir="$PICTURES/cats", distill_logits=1.0, **names)
+    assert (options.output, options.data_dir) == (tmp_path / "runs", tmp_path / "pictures" / "cats")
+    assert (options.teacher, options.dataset) == (f"local-dir:{tmp_path}/teacher", f"hfds/{tmp_path}/pets")
+    with pytest.raises(ValueError, match=r"\$NOWHERE/x has a user or a variable"):
+        Trainer(output="$NOWHERE/x")

@@ -104,6 +104,25 @@ def test_differing_classes_are_named(tmp_path):
         open_data("folder", tmp_path)
 
 
+def test_differing_classes_of_torchvisions_folders_are_named(tmp_path):
+    """They are numbered in each part by themselves: `ape` would be `cat`."""
+    make_folders(tmp_path, splits=("train", "val"))
+    assert open_data("torch/image_folder", tmp_path).classes == ("cat", "dog")
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "ape")
+    with pytest.raises(ValueError, match=r"training images lacks \['ape'\]; .*test images lacks \['cat'\]"):
+        open_data("torch/image_folder", tmp_path)
+
+
+def test_a_model_is_tested_without_training_images(tmp_path):
+    """The labels are the model's; classes that it does not know are refused."""
+    make_folders(tmp_path, classes=("dog",), splits=("test",))
+    data = open_data("folder", tmp_path, ["bird", "cat", "dog"])
+    assert (data.train, data.classes, labels_of(data.test)) == (None, ("bird", "cat", "dog"), [2, 2, 2])
+    assert any("no image of 2 classes, such as bird" in note for note in data.notes)
+    with pytest.raises(ValueError, match=r"the model lacks \['dog'\]"):
+        open_data("folder", tmp_path, ["bird", "cat"])
+
+
 def test_transform_normalises_resizes_and_converts():
     image = Image.new("RGB", (64, 40), (255, 0, 128))
     tensor = image_transform(32, (0.5, 0.5, 0.0), (0.5, 0.25, 1.0))(image)
@@ -180,3 +199,17 @@ def test_hugging_face_datasets_by_name(tmp_path):
     assert data.train[0][0].size == (40, 36)
     with pytest.raises(FileNotFoundError, match="hfds/"):
         open_data(f"hfds/{tmp_path / 'nothing'}", tmp_path / "cache")
+
+
+def test_hidden_labels_of_the_hub_test_nothing(tmp_path):
+    """-1 for all images of a test split: the validation images are tested on then, and without any nothing is."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split, labels in {"train": [0, 1, 0], "validation": [1, 0], "test": [-1, -1]}.items():
+        rows = {"image": [{"bytes": image_bytes(40 * i), "path": None} for i in range(len(labels))], "label": labels}
+        path = tmp_path / "pets" / f"{split}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    data = open_data(f"hfds/{tmp_path / 'pets'}", tmp_path / "cache")
+    assert labels_of(data.test) == labels_of(data.validation) == [1, 0]
+    assert "split test, has no labels; tested is on the validation images" in data.notes[0]

@@ -217,7 +217,14 @@ def test_secrets_are_redacted(monkeypatch, tmp_path):
     for text in (SECRET, "api_org_abcdefghijklmnopqrstuvwxyz", "hf_oauth_eyJhbGciOi.J9-x_y.z", f"--token={SECRET}"):
         assert redacted(f"before {text} after").replace("--token=", "") == "before *** after"
     assert redacted("https://me:pass@host/x") == "https://***@host/x"
-    for harmless in ("hf_hub_download", "uoft-cs/cifar10", "runs/hf_models", "a@b.org", "https://host/a@b"):
+    for harmless in (
+        "hf_flowers102classification",
+        "hf_hub_download",
+        "uoft-cs/cifar10",
+        "runs/hf_models",
+        "a@b.org",
+        "https://host/a@b",
+    ):
         assert redacted(harmless) == harmless
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
     assert redacted("x of-no-known-form") == "x ***"

@@ -648,3 +648,12 @@ def execute(code: str, folder: Path) -> None:
         exec(compile(code, "card", "exec"), {})
     finally:
         os.chdir(before)
+
+
+def test_the_licence_is_the_publishers_to_choose(run, tmp_path):
+    for licence, expected in ((None, "apache-2.0"), ("cc-by-nc-4.0", "cc-by-nc-4.0")):
+        folder = tmp_path / str(licence)
+        hub.Publish(run, ID, dry_run=True, output=folder, license=licence).run()
+        assert f"\nlicense: {expected}\n" in (folder / "README.md").read_text()
+        config = json.loads((folder / "config.json").read_text())
+        assert config["pretrained_cfg"].get("license", config.get("license", "apache-2.0")) == expected

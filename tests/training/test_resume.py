@@ -355,6 +355,41 @@ def test_a_model_without_checkpoints_is_not_trained_over(name, resume, tmp_path)
     assert (tmp_path / name).read_text().startswith("of a run")
 
 
+def test_what_others_wrote_is_neither_replaced_nor_discarded(tmp_path):
+    """Files in the output folder that have the names of a run's, of timm's training for example."""
+    for name, text in {"args.yaml": "model: resnet18\n", "summary.csv": "epoch\n", "config.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match=f"holds {name}, which a run would replace, and which no run"):
+                Trainer(**options_of(tmp_path, resume=resume)).run()
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+    others = [tmp_path / "checkpoints" / "mine.ckpt", tmp_path / "tensorboard" / "mine.txt"]
+    for path in others:
+        path.parent.mkdir()
+        path.write_text("mine")
+    Trainer(**options_of(tmp_path)).save(tmp_path / "args.yaml")  # what a run left that was killed before all else
+    Trainer(**options_of(tmp_path)).run()
+    Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
+    assert [path.read_text() for path in others] == ["mine", "mine"]
+    left = CheckpointStore(tmp_path / "checkpoints").steps()
+    assert {load_checkpoint(checkpoint)["options"]["lr"] for checkpoint in left} == {0.1}
+
+
+def test_a_run_that_stopped_early_takes_more_patience_and_no_other_images(tmp_path):
+    first = Trainer(**options_of(tmp_path, val_split=0.2, patience=1, lr=1e-30, epochs=4)).run()
+    assert first.epochs < 4  # nothing improves
+    more = Trainer(**options_of(tmp_path, val_split=0.2, patience=2, lr=1e-30, epochs=4, resume=True)).run()
+    assert more.epochs == first.epochs + 1
+    (path, *_) = CheckpointStore(tmp_path / "checkpoints").steps()
+    state = load_checkpoint(path)
+    for name, message in {"validation_images": "validation images: 7 → ", "labels": "the labels of the images"}.items():
+        changed = {**state["identity"], name: 7}
+        CheckpointStore(tmp_path / "checkpoints").save({**state, "identity": changed}, 999)
+        with pytest.raises(ValueError, match=message):
+            Trainer(**options_of(tmp_path, val_split=0.2, patience=2, lr=1e-30, epochs=4, resume=True)).run()
+
+
 def test_a_start_is_not_discarded(tmp_path):
     for start in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match="overwrite would discard initial_checkpoint="):

@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old one or the new one, never half of one."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -101,7 +102,7 @@ def only_one(folder: str | os.PathLike[str]) -> Iterator[None]:
             f"Another process is writing to {folder}; wait for it or stop it, or choose another folder."
         ) from None
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise
         warnings.warn(f"{folder} cannot be locked ({error}): start nothing else there.", stacklevel=3)
     try:

@@ -1,5 +1,6 @@
 """The options of a command, held to their declared types in Python as on the command line."""
 
+import os
 import re
 from argparse import ArgumentError
 from dataclasses import dataclass, fields
@@ -12,14 +13,18 @@ from jsonargparse import ArgumentParser
 
 __all__ = ["Options"]
 
+_VARIABLE = re.compile(r"\$(\w|\{\w+\})")
+
 
 @dataclass
 class Options:
     """What has the options of a command as its fields, held to their types by what reads them from the command line and
-    from YAML: choices are those that are listed, paths and numbers may be given as text.
+    from YAML: choices are those that are listed, paths and numbers may be given as text. In paths `~` and variables of
+    the environment are put in; the shell does so only for words that begin with them.
 
     Raises:
-        ValueError: a value of another type, or no choice of its option.
+        ValueError: a value of another type, or no choice of its option; a variable that is not set, or a user that is
+            not known.
     """
 
     def __post_init__(self) -> None:
@@ -43,7 +48,26 @@ class Options:
             message = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message)
             raise ValueError(f"{type(self).__name__}: option {message}") from None
         for name, value in values.items():
-            setattr(self, name, value)
+            setattr(self, name, _found(value))
+
+
+def _found(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_found(item) for item in value]
+    if isinstance(value, Path):
+        return Path(_expanded(str(value)))
+    if isinstance(value, str):  # which may be a path too, as of a teacher
+        kind = next(kind for kind in ("local-dir:", "hfds/", "") if value.startswith(kind))
+        path = value.removeprefix(kind)
+        return kind + _expanded(path) if path.startswith(("~", "$")) else value
+    return value
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if (expanded.startswith("~") or _VARIABLE.search(expanded)) and not os.path.exists(expanded):
+        raise ValueError(f"{path} has a user or a variable of the environment that is not known here.")
+    return expanded
 
 
 def _plain(value: Any) -> Any:

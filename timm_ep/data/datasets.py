@@ -96,7 +96,7 @@ class DataSource:
     notes: tuple[str, ...] = ()
 
 
-def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
+def open_data(name: str, data_dir: str | Path | None = None, classes: Sequence[str] | None = None) -> DataSource:
     """Find a dataset.
 
     Args:
@@ -106,6 +106,8 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
             `torch/fashion_mnist`), already in `data_dir`; or `hfds/NAME` for a dataset of the Hugging Face Hub or a
             local folder of one, fetched into `data_dir` or the usual cache.
         data_dir: where the images are; not needed for `digits` and `hfds/`.
+        classes: names in the order of the labels, of a model that is to be tested: then a `folder` needs no training
+            images, whose classes they would be, and `train` is None.
 
     Raises:
         ValueError: unknown name, or classes that differ between training and test images.
@@ -126,7 +128,7 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
             f"dataset={name!r} needs --data-dir, an existing folder with the images; got {data_dir}."
         )
     if name == "folder":
-        return _open_folder(Path(data_dir))
+        return _open_folder(Path(data_dir), classes)
     try:
         train, test = (create_dataset(name, str(data_dir), split=split) for split in ("train", "validation"))
     except RuntimeError as error:
@@ -135,26 +137,28 @@ def open_data(name: str, data_dir: str | Path | None = None) -> DataSource:
         ) from error
     except AssertionError as error:
         raise ValueError(f"dataset={name!r} is not a dataset of torchvision that timm knows.") from error
+    if list(train.classes) != list(test.classes):
+        raise _differing(train.classes, test.classes, "the training images", "the test images")
     channels = 1 if train[0][0].mode == "L" else 3
     return DataSource(train, test, tuple(train.classes), channels)
 
 
-def _open_folder(data_dir: Path) -> DataSource:
-    paths = _find_parts(data_dir)
+def _open_folder(data_dir: Path, known: Sequence[str] | None) -> DataSource:
+    paths = _find_parts(data_dir, ("test",) if known else ("train", "test"))
     parts: dict[str, Any] = {use: (ClassFolders if path.is_dir() else ClassTar)(path) for use, path in paths.items()}
-    train = parts["train"]
+    classes, whose = (parts["train"].classes, paths["train"]) if "train" in parts else (tuple(known or ()), "the model")
     notes = [line for use, part in parts.items() for line in passed_over_line(paths[use].name, part.passed_over)]
     for use, part in parts.items():
-        if set(part.classes) - set(train.classes):
-            raise _differing(train.classes, part.classes, paths["train"], paths[use])
-        if lacking := [name for name in train.classes if name not in part.classes]:
+        if set(part.classes) - set(classes):
+            raise _differing(classes, part.classes, whose, paths[use])
+        if lacking := [name for name in classes if name not in part.classes]:
             notes.append(f"{paths[use].name}: no image of {len(lacking)} classes, such as {lacking[0]}")
-        part.renumber(train.classes)
-    return _source(parts, notes, train.classes)
+        part.renumber(classes)
+    return _source(parts, notes, classes)
 
 
-def _find_parts(data_dir: Path) -> dict[str, Path]:
-    """The folder or tar of each use."""
+def _find_parts(data_dir: Path, uses: Sequence[str]) -> dict[str, Path]:
+    """The folder or tar of each use; those of `uses` have to be there."""
     found: dict[str, Path] = {}
     for path in sorted(data_dir.iterdir()):  # a folder comes before its tar
         name = path.name.lower()
@@ -169,7 +173,8 @@ def _find_parts(data_dir: Path) -> dict[str, Path]:
                     f"{data_dir} has {found[use].name} and {path.name}, either of which may be the {use} images; keep "
                     "one under such a name."
                 )
-    for use, needed in (("train", ("train",)), ("test", ("test", "validation"))):
+    for use in uses:
+        needed = ("test", "validation") if use == "test" else (use,)
         if not found.keys() & set(needed):
             looked = ", ".join(f"{name}, {name}.tar" for part in needed for name in PARTS[part])
             raise FileNotFoundError(
@@ -180,7 +185,7 @@ def _find_parts(data_dir: Path) -> dict[str, Path]:
 
 def _source(parts: dict[str, Any], notes: Sequence[str], classes: tuple[str, ...]) -> DataSource:
     validation = parts.get("validation")
-    return DataSource(parts["train"], parts.get("test", validation), classes, 3, validation, tuple(notes))
+    return DataSource(parts.get("train"), parts.get("test", validation), classes, 3, validation, tuple(notes))
 
 
 def _differing(train: Sequence[str], other: Sequence[str], train_name: Any, other_name: Any) -> ValueError:
@@ -224,7 +229,12 @@ def _open_hugging_face(name: str, data_dir: str | Path | None) -> DataSource:
     for part in opened.values():
         if part.classes != train.classes:
             raise _differing(train.classes, part.classes, train.title, part.title)
-    return _source(opened, [], train.classes)
+    notes = []
+    if (
+        "test" in opened and set(opened["test"].targets) == {-1} and "validation" in opened
+    ):  # the Hub's way to hide them
+        notes.append(f"{opened.pop('test').title} has no labels; tested is on the validation images")
+    return _source(opened, notes, train.classes)
 
 
 def labels_of(dataset: Any) -> list[int] | None:

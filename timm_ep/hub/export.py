@@ -101,6 +101,7 @@ def prepare(
     repo_id: str,
     twin: str | Path | None = None,
     dataset_id: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Write a repository's folder: weights, configuration, card, and what is known of the training.
 
@@ -110,6 +111,8 @@ def prepare(
         repo_id: where it will be, `user/name`.
         twin: folder of the same net's run by backprop, for comparison in the card.
         dataset_id: of the data on the Hub, where the run does not know it.
+        license: of the weights, as the Hub names licences; by default that of the configuration, which is Apache 2.0
+            where nothing else was said, as in timm.
 
     Returns:
         the architecture.
@@ -128,7 +131,7 @@ def prepare(
             model,
             str(new),
             model_config={
-                "pretrained_cfg": {"tag": name.partition(".")[2]},
+                "pretrained_cfg": {"tag": name.partition(".")[2], **({"license": license} if license else {})},
                 **({"label_names": list(labels)} if labels else {}),
             },
             safe_serialization=True,

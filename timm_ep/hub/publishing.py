@@ -60,6 +60,7 @@ def publish(
     create_pr: bool = False,
     twin: str | Path | None = None,
     dataset_id: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Publish a run or checkpoint in one commit, with the token of `hf auth login` or `HF_TOKEN`.
 
@@ -75,6 +76,7 @@ def publish(
         create_pr: open a pull request instead of committing.
         twin: see `timm_ep.hub.export.prepare`.
         dataset_id: see `timm_ep.hub.export.prepare`.
+        license: see `timm_ep.hub.export.prepare`.
 
     Returns:
         the address of the commit, or of the pull request.
@@ -88,7 +90,7 @@ def publish(
     _check_target(repo_id, revision, create_pr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
-        architecture = prepare(run, folder, repo_id, twin, dataset_id)
+        architecture = prepare(run, folder, repo_id, twin, dataset_id, license)
         with _plain_errors(f"publishing to {repo_id}"):
             if get_token() is None:
                 raise PermissionError("Publishing needs an access token; log in with `hf auth login` or set HF_TOKEN.")
@@ -315,6 +317,7 @@ class Publish(Options):
         output: where a dry run writes; `hub/USER/NAME` by default.
         twin: folder of the same net's run by backprop, for comparison in the card.
         dataset_id: of the data on the Hub, such as uoft-cs/cifar10, where the run's dataset does not tell.
+        license: of the weights, as the Hub names licences (mit, cc-by-nc-4.0, …); apache-2.0 by default.
     """
 
     run_or_checkpoint: Path
@@ -326,13 +329,14 @@ class Publish(Options):
     output: Path | None = None
     twin: Path | None = None
     dataset_id: str | None = None
+    license: str | None = None
 
     def run(self) -> str:
         """Publish, print and return the address; of a dry run, the folder."""
         if self.dry_run:
             _check_target(self.repo_id, self.revision, self.create_pr)
             folder = self.output or Path("hub") / self.repo_id
-            prepare(self.run_or_checkpoint, folder, self.repo_id, self.twin, self.dataset_id)
+            prepare(self.run_or_checkpoint, folder, self.repo_id, self.twin, self.dataset_id, self.license)
             print(f"dry run, nothing uploaded: {folder}")
             return str(folder)
         address = publish(
@@ -343,6 +347,7 @@ class Publish(Options):
             create_pr=self.create_pr,
             twin=self.twin,
             dataset_id=self.dataset_id,
+            license=self.license,
         )
         print(f'published: {address}\ntimm.create_model("hf-hub:{self.repo_id}", pretrained=True)')
         return address

@@ -8,7 +8,7 @@ __all__ = ["holds_secret", "redacted", "without_folder", "without_folders"]
 
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SECRETS = (
-    re.compile(r"(?<![A-Za-z0-9])(?:hf_oauth_[\w.-]{8,}|(?:hf|api_org)_[A-Za-z0-9]{16,})"),  # the Hub's tokens
+    re.compile(r"(?<![A-Za-z0-9])(?:hf_oauth_[\w.-]{8,}|(?:hf|api_org)_[A-Za-z0-9]{26,})"),  # the Hub's tokens: 34
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user and password in a URL
 )
 

@@ -176,11 +176,13 @@ def freeze_modules(model: nn.Module, names: list[str]) -> None:
 
 def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) -> None:
     """One image through the model: better now than after the teacher, the cache and the first batch."""
-    source, labels = images.source, labels_of(images.train)
-    if labels and not 0 <= min(labels) <= max(labels) < len(source.classes):
-        raise ValueError(
-            f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
-        )
+    source = images.source
+    for part in (images.train, images.validation, source.test):
+        labels = labels_of(part)
+        if labels and not 0 <= min(labels) <= max(labels) < len(source.classes):
+            raise ValueError(
+                f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
+            )
     image = image_transform(images.size, images.mean, images.std)(images.train[0][0])
     try:
         with torch.no_grad():

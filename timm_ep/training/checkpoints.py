@@ -125,6 +125,14 @@ class CheckpointStore:
         for left in self.folder.glob(".*-*.pt"):
             left.unlink()
 
+    def discard(self) -> None:
+        """Remove all of them, and the folder if nothing else is in it."""
+        self.clean()
+        for path in (*self.steps(), self.best):
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
     def newest(self) -> "Newest":
         """The newest that is good.
 

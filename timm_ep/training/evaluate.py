@@ -108,7 +108,7 @@ class Validate(Options):
 
     Args:
         run_folder: folder that `timm-ep train` wrote.
-        data_dir: where the images are, if not embedded.
+        data_dir: where the images are, if not embedded; of a dataset `folder` the test images alone will do.
         dataset: other images to test on, named as in training; by default those of the run.
         batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
@@ -133,10 +133,11 @@ class Validate(Options):
             ValueError: images of other classes than the model's.
         """
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
-        data = open_data(dataset_of(self.run_folder, facts, self.dataset), self.data_dir)
+        names = label_names(model)
+        data = open_data(dataset_of(self.run_folder, facts, self.dataset), self.data_dir, names)
         for note in data.notes:
             print(f"warning: {note}", file=sys.stderr)
-        if list(data.classes) != (names := label_names(model)):
+        if list(data.classes) != names:
             raise ValueError(
                 f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
             )

@@ -1,9 +1,11 @@
 """The images of a run: those that can be read, for a model of so many channels; and batches of them, unchanged."""
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Subset
 
@@ -26,6 +28,11 @@ class RunImages(NamedTuple):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def fingerprint(self) -> int:
+        """Of the labels of the images to train on and to choose by, in their order, as far as they are known unread."""
+        labels = [labels_of(part) or [] for part in (self.train, self.validation)]
+        return zlib.crc32(np.array([*labels[0], -1, *labels[1]], dtype=np.int64).tobytes())
 
 
 def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -> tuple[DataSource, dict[str, str]]:

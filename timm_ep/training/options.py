@@ -13,11 +13,14 @@ import yaml
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
 
-__all__ = ["FREE", "TrainingOptions"]
+__all__ = ["ARGS_NAME", "FREE", "TrainingOptions"]
+
+ARGS_NAME = "args.yaml"  # the options of a run, in its folder
 
 # What may differ when a run goes on: where things are and how they are shown, but not what is computed.
 FREE = {
     "output",
+    "patience",  # how long it goes on, as the number of epochs
     "data_dir",
     "device",
     "workers",

@@ -1,7 +1,7 @@
 """Going on with a run: from what state, and whether the options still ask for the same run."""
 
-import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from timm_ep.hub.cards import CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
@@ -9,7 +9,7 @@ from timm_ep.hub.export import clean
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
 from timm_ep.training.checkpoints import CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
 from timm_ep.training.distributed import World
-from timm_ep.training.options import TrainingOptions
+from timm_ep.training.options import ARGS_NAME, TrainingOptions
 
 __all__ = ["check_resumed", "discard", "earlier_state"]
 
@@ -56,20 +56,33 @@ def _taken(options: TrainingOptions, store: CheckpointStore) -> FileExistsError 
         how = "Go on with it by --resume, choose another --output, or discard it by --overwrite."
     elif (options.output / RESULTS_NAME).exists() or (options.output / WEIGHTS_NAME).exists():
         how = "It has no checkpoints to go on from: choose another --output, or discard it by --overwrite."
+    elif foreign := [name for name in (ARGS_NAME, LOG_NAME, CONFIG_NAME) if _is_foreign(options.output / name)]:
+        return FileExistsError(
+            f"{options.output} holds {', '.join(foreign)}, which a run would replace, and which no run of this package "
+            "wrote: choose another --output, or replace them by --overwrite."
+        )
     else:
         return None
     return FileExistsError(f"{options.output} holds a run already. {how}")
 
 
+def _is_foreign(path: Path) -> bool:
+    """Of a folder without weights, results and checkpoints; a run that ended before them has left its options alone."""
+    if not path.is_file():
+        return False
+    return path.name != ARGS_NAME or "\nlocal_error:" not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
-    """Remove what the folder of an earlier run would be resumed or read from."""
-    shutil.rmtree(store.folder, ignore_errors=True)
+    """Remove what the folder of an earlier run would be resumed or read from, and nothing else."""
+    store.discard()
     for name in (
         *(RESULTS_NAME, LOG_NAME, CURVES_NAME, TWIN_NAME, WEIGHTS_NAME, CONFIG_NAME),
         *("layers.csv", "settling.csv", "bad_images.txt"),
     ):
         (options.output / name).unlink(missing_ok=True)
-    shutil.rmtree(options.output / "tensorboard", ignore_errors=True)
+    for path in (options.output / "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink()
 
 
 def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dict[str, Any], world: World) -> None:
@@ -94,8 +107,11 @@ def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dic
         changed = [text for text in changed if not text.startswith(("batch_size:", "grad_accum_steps:"))]
     elif earlier["world"] != world.size:
         changed.append(f"processes: {earlier['world']} → {world.size}, so that an update has other images")
-    if earlier["train_images"] != identity["train_images"]:
-        changed.append(f"training images: {earlier['train_images']} → {identity['train_images']}")
+    for images in ("train_images", "validation_images"):
+        if earlier.get(images, identity[images]) != identity[images]:  # runs of before have not all of them
+            changed.append(f"{images.replace('_', ' ')}: {earlier[images]} → {identity[images]}")
+    if earlier.get("labels", identity["labels"]) != identity["labels"]:
+        changed.append("the labels of the images, or their order")
     if earlier["classes"] != identity["classes"]:
         changed.append("the classes")
     if changed:

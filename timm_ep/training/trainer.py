@@ -23,7 +23,7 @@ from timm_ep.training.evaluate import accuracy_line, evaluate
 from timm_ep.training.images import RunImages, open_source, plain_loader
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import TrainingLoop
-from timm_ep.training.options import TrainingOptions
+from timm_ep.training.options import ARGS_NAME, TrainingOptions
 from timm_ep.training.resume import check_resumed, discard, earlier_state
 from timm_ep.training.stopping import Interrupted
 
@@ -77,6 +77,8 @@ class Trainer(TrainingOptions):
             model = model.to(memory_format=torch.channels_last)
         identity = {
             "train_images": len(images.train),
+            "validation_images": 0 if images.validation is None else len(images.validation),
+            "labels": images.fingerprint(),
             "classes": list(source.classes),
             "world": world.size,
             "bad_images": left_out,
@@ -89,7 +91,7 @@ class Trainer(TrainingOptions):
                 self.output.mkdir(parents=True, exist_ok=True)
                 if self.overwrite:  # only now that the options are known to be good
                     discard(self, store)
-                self.save(self.output / "args.yaml")
+                self.save(self.output / ARGS_NAME)
                 self._tell(loop.log, source, left_out)
             try:
                 loop.run()
