@@ -7,16 +7,18 @@ import sys
 
 import pytest
 
-# Four maps of 8 MB, freed and taken again; prints how many pages that took.
-SCRIPT = """
-import resource, sys
-import torch
-from timm_ep.base.malloc import keep_freed_memory
+from timm_ep.base import malloc
 
-for call in sys.argv[1:]:
+# Four blocks of 8 MB, freed and taken again; prints how many pages that took. The module by itself: to import torch,
+# whose maps come from the same malloc, takes a hundred times as long as all of this.
+SCRIPT = """
+import resource, runpy, sys
+
+keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
+for call in sys.argv[2:]:
     keep_freed_memory(not call.startswith("give back"), override=call.endswith("!"))
 def take():
-    return [torch.ones(size * 2**18) for size in (8, 8, 8, 8)]
+    return [b"x" * (size * 2**20) for size in (8, 8, 8, 8)]
 for _ in range(3):
     take()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def pages(*calls: str, **environment: str) -> int:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", SCRIPT, *calls]
+    command = [sys.executable, "-c", SCRIPT, malloc.__file__, *calls]
     return int(subprocess.check_output(command, text=True, env={**inherited, **environment}))
 
 

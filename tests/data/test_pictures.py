@@ -143,3 +143,11 @@ def test_an_unreadable_picture_is_named_from_other_processes_too():
     for workers in (0, 1):
         with pytest.raises(UnreadableImage, match=r"^file 7 is not an image that Pillow can read"):
             list(create_loader(Broken(), 1, workers))
+
+
+def test_lab_is_shown_in_grey_as_in_colour():
+    """Pillow converts it to RGB alone."""
+    image = Image.merge("LAB", noise().split())
+    grey = as_shown(image.copy(), "L")
+    assert grey.tobytes() == as_shown(image.copy(), "RGB").convert("L").tobytes()
+    assert len(set(grey.tobytes())) > 1

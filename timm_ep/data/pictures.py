@@ -87,6 +87,8 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
             f"its pixels have 32 bits (Pillow's mode {image.mode}), of which nobody knows how bright white is; save it "
             "with 8 or 16"
         )
+    if image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     shown = image.convert(mode)

@@ -126,7 +126,7 @@ def prepare(
     model: Any = load(run) if run.is_dir() else load_checkpoint(run)
     home = run if run.is_dir() else run.parent
     name, labels = repo_id.partition("/")[2], model.pretrained_cfg.get("label_names")
-    with creating(folder) as new:
+    with creating(folder) as new, _explained(Path(folder)):
         save_for_hf(
             model,
             str(new),

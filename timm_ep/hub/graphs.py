@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,10 @@ _BATCH = 2  # of the example: a size of 1 would be taken for a constant
 def export_program(model: nn.Module, images: Tensor, path: str | Path) -> Callable[[Tensor], Tensor]:
     """Write the program that `torch.export.load` reads, for any number of images; gives it as it reads back."""
     batch = torch.export.Dim("batch", min=1)
+    written = BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), written)
     with replacing(Path(path)) as file:
-        torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), file)
+        file.write_bytes(written.getbuffer())
     return torch.export.load(path).module()
 
 
