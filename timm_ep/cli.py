@@ -131,7 +131,7 @@ def _config_first(options: list[str]) -> list[str]:
     """The file of options before those that override it, wherever it stands: what is parsed last counts."""
     files = {index for index, option in enumerate(options) if option.startswith("--config=")}
     for index, option in enumerate(options):
-        if option == "--config":
+        if option == "--config" and index + 1 < len(options):
             files |= {index, index + 1}
     chosen = [option for index, option in enumerate(options) if index in files]
     return chosen + [option for index, option in enumerate(options) if index not in files]

@@ -179,9 +179,14 @@ def test_what_a_device_cannot_do_is_refused(other):
 def test_noise_is_not_negative_and_there_is_feedback_to_disturb():
     with pytest.raises(ValueError, match="is too small; it must be at least 0"):
         Settings(state_noise=-0.1)
+    model = EpVgg((4, "M", 6), num_classes=3, state_noise=0.1, feedback=0, beta=0.1)
+    x = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"feedback=0 sends nothing down.*gradient='backprop'"):
-        Settings(state_noise=0.1, feedback=0)
-    assert Settings(state_noise=0.1, feedback=0, gradient="backprop").physical
+        model(x)
+    with torch.no_grad():
+        assert model(x).shape == (2, 3)
+    model.gradient = "backprop"
+    model(x).sum().backward()
 
 
 def test_weights_are_written_once_for_both_phases():

@@ -295,3 +295,11 @@ def test_a_module_of_the_users_own_sees_what_the_student_sees():
         torch.testing.assert_close(teacher(images).logits, model(images))
     assert teacher.extra_repr() == "shown the student's images in 3 channels"
     assert create_teacher(model, mean, std, img_size=24).adapt(images).shape == (2, 3, 24, 24)
+    grey = create_teacher(model, (0.45,), (0.225,))  # for a student in grey, which it sees as colours of its own
+    torch.testing.assert_close(grey.adapt(images[:, :1]), images[:, :1].expand(-1, 3, -1, -1))
+
+
+def test_a_model_in_a_wrapper_is_shown_what_the_model_is():
+    model = timm.create_model("test_resnet", num_classes=5)
+    wrapped, plain = (create_teacher(each, MEAN, STD) for each in (torch.nn.DataParallel(model), model))
+    assert wrapped.input_size == plain.input_size

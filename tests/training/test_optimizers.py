@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, list_optimizers
 
+from timm_ep.training.precision import _Float32
 from timm_ep.training.trainer import Trainer
 
 # What needs packages or devices that need not be here, or second derivatives.
@@ -28,11 +29,13 @@ def steps(model, optimizer, numbers):
         images, labels = torch.randn(6, 1, 8, 8), torch.randint(0, 4, (6,))
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        with _Float32():
+            optimizer.step()
 
 
 def assert_resumes(name):
-    """7 + 5 steps, in the midst of a cycle of lookahead, through a file that is read without unpickling."""
+    """7 + 5 steps, in the midst of a cycle of lookahead, through a file that is read without unpickling; as they are
+    made where the processor has no half precision."""
     model, optimizer = make(name)
     steps(model, optimizer, range(7))
     start = [value.clone() for value in model.parameters()]

@@ -357,7 +357,12 @@ def test_a_model_without_checkpoints_is_not_trained_over(name, resume, tmp_path)
 
 def test_what_others_wrote_is_neither_replaced_nor_discarded(tmp_path):
     """Files in the output folder that have the names of a run's, of timm's training for example."""
-    for name, text in {"args.yaml": "model: resnet18\n", "summary.csv": "epoch\n", "config.json": "{}"}.items():
+    for name, text in {
+        "args.yaml": "model: resnet18\n",
+        "summary.csv": "epoch\n",
+        "config.json": "{}",
+        "curves.png": "mine",
+    }.items():
         (tmp_path / name).write_text(text)
         for resume in (False, True):
             with pytest.raises(FileExistsError, match=f"holds {name}, which a run would replace, and which no run"):
@@ -368,7 +373,8 @@ def test_what_others_wrote_is_neither_replaced_nor_discarded(tmp_path):
     for path in others:
         path.parent.mkdir()
         path.write_text("mine")
-    Trainer(**options_of(tmp_path)).save(tmp_path / "args.yaml")  # what a run left that was killed before all else
+    Trainer(**options_of(tmp_path)).save(tmp_path / "args.yaml")  # of a run that was killed before its first checkpoint
+    (tmp_path / "summary.csv").write_text("epoch\n")
     Trainer(**options_of(tmp_path)).run()
     Trainer(**options_of(tmp_path, lr=0.1, overwrite=True)).run()
     assert [path.read_text() for path in others] == ["mine", "mine"]

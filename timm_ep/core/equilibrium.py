@@ -160,6 +160,11 @@ class _Equilibrium(torch.autograd.Function):
         ctx.settings, ctx.couplings = settings, couplings
         ctx.set_materialize_grads(False)
         if settings.physical:
+            if learns and not settings.feedback:
+                raise ValueError(
+                    "feedback=0 sends nothing down, and what a device reads of its layers is noise alone; give λ > 0, "
+                    "or gradient='backprop' for the twin without feedback."
+                )
             net = as_built(net, settings)
             states = device_free_phase(net, x, settings)
             ctx.save_for_backward(x, *net.kernels, *net.biases, *states)

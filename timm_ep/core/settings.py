@@ -137,11 +137,6 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
         if self.beta == 0:
             raise ValueError(f"beta={self.beta} is no nudge; the nudging strength must not be 0, for example 1e-6.")
-        if self.physical and self.gradient == "ep" and not self.feedback:
-            raise ValueError(
-                "feedback=0 sends nothing down, and what a device reads of its layers is noise alone; give λ > 0, or "
-                "gradient='backprop' for the twin without feedback."
-            )
         if self.physical and (self.forces == "live" or self.products != "full" or self.tol > 0):
             raise ValueError(
                 "A device (noise, bits, feedback_mismatch) settles for a fixed time under frozen forces, in full "

@@ -317,7 +317,8 @@ class Publish(Options):
         output: where a dry run writes; `hub/USER/NAME` by default.
         twin: folder of the same net's run by backprop, for comparison in the card.
         dataset_id: of the data on the Hub, such as uoft-cs/cifar10, where the run's dataset does not tell.
-        license: of the weights, as the Hub names licences (mit, cc-by-nc-4.0, …); apache-2.0 by default.
+        license: of the weights, as the Hub names licences (mit, cc-by-nc-4.0, …); by default that of the
+            weights that training started from, or else apache-2.0.
     """
 
     run_or_checkpoint: Path

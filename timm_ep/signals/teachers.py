@@ -64,11 +64,13 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        if getattr(model, "pretrained_cfg", None):
-            config = resolve_data_config(model=model)
+        if getattr(inner := unwrap_model(model), "pretrained_cfg", None):
+            config = resolve_data_config(model=inner)
             self.in_chans, *own_size = config["input_size"]
-        else:  # no model of timm's: nothing says that it knows other images than the student does
-            config, self.in_chans, own_size = {"mean": mean, "std": std}, len(mean), []
+        else:  # no model of timm's: nothing says that it knows other images than the student's, but in grey or colour
+            first = next((part for part in inner.modules() if isinstance(part, nn.Conv2d)), None)
+            self.in_chans, own_size = len(mean) if first is None else first.in_channels, []
+            config = {"mean": _in_channels(mean, self.in_chans), "std": _in_channels(std, self.in_chans)}
         size = (img_size, img_size) if img_size else _only_size(model) or tuple(own_size)
         self.input_size: tuple[int, ...] | None = size or None
         for name, values in (
@@ -110,6 +112,11 @@ class Teacher(nn.Module):
             return TeacherOutput((), model(images))
         last, features = model.forward_intermediates(images)
         return TeacherOutput(tuple(map(_in_own_units, features)), model.forward_head(last))
+
+
+def _in_channels(values: Sequence[float], channels: int) -> Sequence[float]:
+    """What is known of each channel, for another number of them: of grey in all, of colours the mean."""
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def _in_own_units(feature: Tensor) -> Tensor:

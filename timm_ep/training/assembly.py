@@ -177,11 +177,13 @@ def freeze_modules(model: nn.Module, names: list[str]) -> None:
 def _check_model(options: TrainingOptions, model: nn.Module, images: RunImages) -> None:
     """One image through the model: better now than after the teacher, the cache and the first batch."""
     source = images.source
-    for part in (images.train, images.validation, source.test):
+    for use, part in {"training": images.train, "validation": images.validation, "test": source.test}.items():
         labels = labels_of(part)
         if labels and not 0 <= min(labels) <= max(labels) < len(source.classes):
+            hidden = "; labels of -1 are hidden ones, with which nothing can be tested" if min(labels) == -1 else ""
             raise ValueError(
-                f"{options.dataset} has labels {min(labels)} to {max(labels)}, and names {len(source.classes)} classes."
+                f"The {use} images of {options.dataset} have labels {min(labels)} to {max(labels)}, and it names "
+                f"{len(source.classes)} classes{hidden}."
             )
     image = image_transform(images.size, images.mean, images.std)(images.train[0][0])
     try:

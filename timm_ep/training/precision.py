@@ -40,12 +40,12 @@ def precision_notes(options: TrainingOptions, model: Any, device: torch.device) 
 
 
 class _Float32(TorchFunctionMode):
-    """What is converted to bfloat16 inside is converted to float32."""
+    """What is converted to bfloat16 inside is converted to float32; what an optimizer keeps in bfloat16 stays so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.bfloat16:
-            kwargs["dtype"] = torch.float32
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and kwargs.get("dtype") is torch.bfloat16:
+            kwargs = {**kwargs, "dtype": torch.float32}
         return func(*args, **kwargs)
 
 

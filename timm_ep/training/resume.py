@@ -13,6 +13,9 @@ from timm_ep.training.options import ARGS_NAME, TrainingOptions
 
 __all__ = ["check_resumed", "discard", "earlier_state"]
 
+# What a run writes besides its options, checkpoints, weights and results.
+_WRITTEN = (CONFIG_NAME, LOG_NAME, CURVES_NAME, "layers.csv", "settling.csv", "bad_images.txt")
+
 
 def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore) -> dict[str, Any]:
     """The state to go on from, the same in every process; empty for a new run.
@@ -56,7 +59,7 @@ def _taken(options: TrainingOptions, store: CheckpointStore) -> FileExistsError 
         how = "Go on with it by --resume, choose another --output, or discard it by --overwrite."
     elif (options.output / RESULTS_NAME).exists() or (options.output / WEIGHTS_NAME).exists():
         how = "It has no checkpoints to go on from: choose another --output, or discard it by --overwrite."
-    elif foreign := [name for name in (ARGS_NAME, LOG_NAME, CONFIG_NAME) if _is_foreign(options.output / name)]:
+    elif foreign := _foreign(options.output):
         return FileExistsError(
             f"{options.output} holds {', '.join(foreign)}, which a run would replace, and which no run of this package "
             "wrote: choose another --output, or replace them by --overwrite."
@@ -66,20 +69,18 @@ def _taken(options: TrainingOptions, store: CheckpointStore) -> FileExistsError 
     return FileExistsError(f"{options.output} holds a run already. {how}")
 
 
-def _is_foreign(path: Path) -> bool:
-    """Of a folder without weights, results and checkpoints; a run that ended before them has left its options alone."""
-    if not path.is_file():
-        return False
-    return path.name != ARGS_NAME or "\nlocal_error:" not in path.read_text(encoding="utf-8", errors="replace")
+def _foreign(folder: Path) -> list[str]:
+    """The files that a run would replace and did not write: where it left its options, all others are its own too."""
+    options = folder / ARGS_NAME
+    if options.is_file() and "\nlocal_error:" in options.read_text(encoding="utf-8", errors="replace"):
+        return []
+    return [name for name in (ARGS_NAME, *_WRITTEN) if (folder / name).exists()]
 
 
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
     """Remove what the folder of an earlier run would be resumed or read from, and nothing else."""
     store.discard()
-    for name in (
-        *(RESULTS_NAME, LOG_NAME, CURVES_NAME, TWIN_NAME, WEIGHTS_NAME, CONFIG_NAME),
-        *("layers.csv", "settling.csv", "bad_images.txt"),
-    ):
+    for name in (*_WRITTEN, RESULTS_NAME, TWIN_NAME, WEIGHTS_NAME):
         (options.output / name).unlink(missing_ok=True)
     for path in (options.output / "tensorboard").glob("events.out.tfevents.*"):
         path.unlink()
