@@ -15,6 +15,12 @@ ARCHITECTURES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of processes side by side none is then left alone with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def make_net(depth: int = 4, gain: float = 1.0, seed: int = 0, **kwargs) -> EpVgg:
     """A narrow net of 4, 9 or 13 convolutions in float64; `gain` scales its kernels, so that λ = 1 can settle too."""
     torch.manual_seed(seed)
