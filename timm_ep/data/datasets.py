@@ -230,9 +230,8 @@ def _open_hugging_face(name: str, data_dir: str | Path | None) -> DataSource:
         if part.classes != train.classes:
             raise _differing(train.classes, part.classes, train.title, part.title)
     notes = []
-    if (
-        "test" in opened and set(opened["test"].targets) == {-1} and "validation" in opened
-    ):  # the Hub's way to hide them
+    # The Hub's way to hide labels.
+    if opened.keys() >= {"test", "validation"} and set(opened["test"].targets) == {-1}:
         notes.append(f"{opened.pop('test').title} has no labels; tested is on the validation images")
     return _source(opened, notes, train.classes)
 

@@ -6,16 +6,12 @@ from typing import Any, Literal
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 
+from timm_ep.base.channels import channel_values
 from timm_ep.data.pictures import as_shown
 
-__all__ = ["Augment", "augmentation", "channel_values", "image_transform", "run_transform"]
+__all__ = ["Augment", "augmentation", "image_transform", "run_transform"]
 
 Augment = Literal["none", "crop", "flip-crop", "rrc"]
-
-
-def channel_values(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A mean or std per channel for images of `channels`: averaged where it was of another number."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def image_transform(

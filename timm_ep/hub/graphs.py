@@ -109,8 +109,7 @@ class Export(Options):
         channels, *sides = resolve_data_config({}, model=model)["input_size"]
         size = (self.img_size, self.img_size) if self.img_size else sides
         images = torch.randn(_BATCH + 1, channels, *size, generator=torch.Generator().manual_seed(0))
-        named = Path(self.model).resolve() if Path(self.model).is_dir() else Path(self.model)  # `.` has a name too
-        path = self.output or Path(f"{named.name}.{self.format}")
+        path = self.output or Path(f"{Path(self.model).resolve().name}.{self.format}")  # `.` has a name too
         write = export_onnx if self.format == "onnx" else export_program
         with torch.no_grad(), replacing(path) as file:
             expected = model(images)

@@ -60,13 +60,9 @@ class _Objective(nn.Module):
                 free.update(losses)
             return losses["loss"]
 
-        loss, _ = self.model.live_loss(images, objective, self.own_parameters())
+        own = [parameter for name, parameter in self.named_parameters() if not name.startswith("model.")]
+        loss, _ = self.model.live_loss(images, objective, own)
         return {**free, "loss": loss}
-
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Those of the signals and of the criterion, which timm also takes as a function."""
-        own: Any = self.criterion
-        return [*self.signals.parameters(), *(own.parameters() if isinstance(own, nn.Module) else ())]
 
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)

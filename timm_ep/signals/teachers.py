@@ -15,6 +15,8 @@ from timm.models import load_state_dict
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from timm_ep.base.channels import channel_values
+
 __all__ = [
     "Teacher",
     "TeacherCache",
@@ -70,7 +72,7 @@ class Teacher(nn.Module):
         else:  # no model of timm's: nothing says that it knows other images than the student's, but in grey or colour
             first = next((part for part in inner.modules() if isinstance(part, nn.Conv2d)), None)
             self.in_chans, own_size = len(mean) if first is None else first.in_channels, []
-            config = {"mean": _in_channels(mean, self.in_chans), "std": _in_channels(std, self.in_chans)}
+            config = {"mean": channel_values(mean, self.in_chans), "std": channel_values(std, self.in_chans)}
         size = (img_size, img_size) if img_size else _only_size(model) or tuple(own_size)
         self.input_size: tuple[int, ...] | None = size or None
         for name, values in (
@@ -112,11 +114,6 @@ class Teacher(nn.Module):
             return TeacherOutput((), model(images))
         last, features = model.forward_intermediates(images)
         return TeacherOutput(tuple(map(_in_own_units, features)), model.forward_head(last))
-
-
-def _in_channels(values: Sequence[float], channels: int) -> Sequence[float]:
-    """What is known of each channel, for another number of them: of grey in all, of colours the mean."""
-    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def _in_own_units(feature: Tensor) -> Tensor:

@@ -55,14 +55,13 @@ def kernel_weights(model: EpVgg) -> list[Tensor]:
     Raises:
         ValueError: a kernel is computed from other parameters (`torch.nn.utils.parametrizations`, `prune`).
     """
-    weights = [dict(layer.named_parameters(recurse=False)).get("weight") for layer in model.layers]
-    for number, weight in enumerate(weights):
-        if weight is None:
+    for number, layer in enumerate(model.layers):
+        if "weight" not in dict(layer.named_parameters(recurse=False)):
             raise ValueError(
                 f"The kernel of layers.{number} is computed from other parameters, and no gradient can be taken of it "
                 "alone; remove what parametrises it (parametrize.remove_parametrizations, prune.remove)."
             )
-    return [weight for weight in weights if weight is not None]
+    return [layer.get_parameter("weight") for layer in model.layers]
 
 
 def loss_gradient(loss_of: LossOfStates, states: Sequence[Tensor]) -> list[Tensor]:

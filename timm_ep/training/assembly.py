@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import Subset
 
+from timm_ep.base.channels import channel_values
 from timm_ep.base.text import same_name
 from timm_ep.data.datasets import DataSource, labels_of, limit, split_off
 from timm_ep.data.loader import EpochOrder, Samples, training_loader
-from timm_ep.data.transforms import augmentation, channel_values, image_transform
+from timm_ep.data.transforms import augmentation, image_transform
 from timm_ep.hub.repository import (
     CONFIG_NAME,
     PICKLES,

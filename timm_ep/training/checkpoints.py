@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from timm_ep.base.files import replacing
+from timm_ep.training.options import ARGS_NAME
 
 __all__ = ["CheckpointStore", "Newest", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
 
@@ -165,7 +166,7 @@ def unfinished(run: Path) -> str:
     """What to do about a run that left checkpoints and no weights: it ended before it could write them."""
     return (
         f"{run} is of a training that was broken off, and has checkpoints but no weights. Go on with it: timm-ep train "
-        f"--config {run / 'args.yaml'} --resume; stopped by Ctrl-C or SIGTERM, or at its end, it writes them."
+        f"--config {run / ARGS_NAME} --resume; stopped by Ctrl-C or SIGTERM, or at its end, it writes them."
     )
 
 

@@ -14,10 +14,11 @@ from timm.data import resolve_data_config
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
+from timm_ep.base.channels import channel_values
 from timm_ep.base.files import creating
 from timm_ep.base.options import Options
 from timm_ep.data.datasets import create_loader, limit, open_data
-from timm_ep.data.transforms import channel_values, image_transform
+from timm_ep.data.transforms import image_transform
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
 from timm_ep.models.named import create_named

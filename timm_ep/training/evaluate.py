@@ -24,6 +24,7 @@ from timm_ep.models.named import set_sweeps
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.training.checkpoints import unfinished
 from timm_ep.training.distributed import available
+from timm_ep.training.options import ARGS_NAME
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,6 @@ def dataset_of(run: Path, facts: RunFacts | None, chosen: str | None = None) -> 
     """
     if chosen or facts:
         return str(chosen or (facts and facts.dataset))
-    if (options := run / "args.yaml").exists():  # of a run that was stopped
+    if (options := run / ARGS_NAME).exists():  # of a run that was stopped
         return str(yaml.safe_load(options.read_text(encoding="utf-8"))["dataset"])
     raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")

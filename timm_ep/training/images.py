@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Subset
 
@@ -31,8 +30,7 @@ class RunImages(NamedTuple):
 
     def fingerprint(self) -> int:
         """Of the labels of the images to train on and to choose by, in their order, as far as they are known unread."""
-        labels = [labels_of(part) or [] for part in (self.train, self.validation)]
-        return zlib.crc32(np.array([*labels[0], -1, *labels[1]], dtype=np.int64).tobytes())
+        return zlib.crc32(repr([labels_of(self.train), labels_of(self.validation)]).encode())
 
 
 def open_source(options: TrainingOptions, world: World, state: dict[str, Any]) -> tuple[DataSource, dict[str, str]]:

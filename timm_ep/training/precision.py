@@ -27,14 +27,15 @@ def computes(device: torch.device, dtype: torch.dtype) -> bool:
 
 def precision_notes(options: TrainingOptions, model: Any, device: torch.device) -> list[str]:
     """What of the options is slow on this device for being in half precision, and what to do."""
-    asked = {"amp": options.amp_dtype} if options.amp else {}
+    asked: list[tuple[str, str, str]] = []
+    if options.amp:
+        asked.append(("amp", options.amp_dtype, "leave --amp out"))
     if isinstance(model, EpVgg) and model.settings.products != "full":
-        asked["products"] = model.settings.products
-    remedies = {"amp": "leave --amp out", "products": "give --model-args.products full"}
+        asked.append(("products", model.settings.products, "give --model-args.products full"))
     return [
         f"{name}: this CPU has no instructions for {dtype}, which takes 8 to 80 times as long as float32 without them; "
-        f"{remedies[name]}."
-        for name, dtype in asked.items()
+        f"{remedy}."
+        for name, dtype, remedy in asked
         if not computes(device, getattr(torch, dtype))
     ]
 

@@ -118,7 +118,7 @@ def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dic
     if changed:
         raise ValueError(
             f"The run in {options.output} cannot be resumed with other options ({'; '.join(changed)}): it would be no "
-            f"run of either. Give those in {options.output / 'args.yaml'}, or start a new run in another --output."
+            f"run of either. Give those in {options.output / ARGS_NAME}, or start a new run in another --output."
         )
     progress = state["progress"]
     if options.epochs < (begun := progress["epoch"] + bool(progress["update"])):
