@@ -16,6 +16,7 @@ from timm_ep.data.datasets import create_loader, open_data
 from timm_ep.hub import export
 from timm_ep.hub.cards import Card, RunFacts
 from timm_ep.hub.curves import Plot
+from timm_ep.studies.gradcheck import Gradcheck
 from timm_ep.training.evaluate import Validate, evaluate, load_run
 from timm_ep.training.predict import Predict
 from timm_ep.training.trainer import Trainer
@@ -232,6 +233,29 @@ def test_in_python_paths_may_be_strings(pictures, tmp_path):
     assert len(Predict(start, str(pictures / "test"), output=str(tmp_path / "p.csv")).run()) == 16
     Card(start).run()
     Plot(start, output=str(tmp_path / "curves.png")).run()
+
+
+def test_a_run_is_tested_on_its_own_images(pictures, tmp_path, capsys):
+    """Wherever they were in training, of a run that ended and of one that was stopped; a data set that is named is not
+    looked for there."""
+    run = tmp_path / "run"
+    facts = Trainer(**SMALL, data_dir=pictures, output=run).run()
+    check = {"batch_size": 4, "img_size": 16}
+    for _ in range(2):
+        assert Validate(run).run().top1 == facts.top1
+        assert len(Predict(run).run()) == 5
+        (own,), (given,) = Gradcheck(str(run), **check).run(), Gradcheck(str(run), data_dir=pictures, **check).run()
+        assert own.residuals == given.residuals
+        (run / "results.json").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="needs --data-dir"):
+        Validate(run, dataset="folder").run()
+    pictures.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=str(pictures)):
+        Validate(run).run()
+    assert Validate(run, tmp_path / "elsewhere").run().top1 == facts.top1
+    (run / "args.yaml").unlink()
+    with pytest.raises(ValueError, match="does not say what images"):
+        Gradcheck(str(run)).run()
 
 
 def test_the_noise_of_a_device_is_the_same_in_every_test(pictures, tmp_path):

@@ -22,6 +22,7 @@ from timm_ep.signals.losses import Criterion, Signal, loss_of_states
 from timm_ep.studies.exact import ExactGradient, exact_gradient, kernel_weights
 from timm_ep.studies.gdu import StepChecks, draw_steps, step_check
 from timm_ep.studies.workload import Workload, changed
+from timm_ep.training.evaluate import images_of
 
 _PLOTTED_STEPS = 30
 _UNSETTLED = "The net does not come to rest in hundreds of sweeps, so that there is no exact gradient to compare with"
@@ -153,8 +154,8 @@ class Gradcheck(Options):
 
     Args:
         model: name of an `ep_vgg*`, at its default init or with the weights of its tag; or the folder of a run.
-        dataset: as in training; test images are used. By default that of the run, digits if there is none.
-        data_dir: where the images are, if not embedded.
+        dataset: as in training; test images are used. By default that of the run; digits for a name.
+        data_dir: where the images are, if they are not embedded or no longer where the run had them.
         model_args: further arguments of the model; of a run, only settings can be changed.
         batch_size: images.
         img_size: side of the images in pixels; by default the model's.
@@ -218,12 +219,14 @@ class Gradcheck(Options):
         return reports
 
     def _check(self, name: str, changes: dict[str, Any]) -> Report:
-        facts = RunFacts.find(Path(name, RESULTS_NAME))
+        run, facts = Path(name), RunFacts.find(Path(name, RESULTS_NAME))
+        chosen = self.dataset, self.data_dir
+        dataset, data_dir = images_of(run, facts, *chosen) if run.is_dir() else (chosen[0] or "digits", chosen[1])
         workload = Workload(
             name,
             self.model_args,
-            dataset=self.dataset or (facts.dataset if facts else "digits"),
-            data_dir=self.data_dir,
+            dataset=dataset,
+            data_dir=data_dir,
             batch_size=self.batch_size,
             img_size=self.img_size,
             seed=self.seed,

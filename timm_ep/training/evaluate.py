@@ -109,7 +109,8 @@ class Validate(Options):
 
     Args:
         run_folder: folder that `timm-ep train` wrote.
-        data_dir: where the images are, if not embedded; of a dataset `folder` the test images alone will do.
+        data_dir: where the images are, if they are not embedded or no longer where the run had them; of a dataset
+            `folder` the test images alone will do.
         dataset: other images to test on, named as in training; by default those of the run.
         batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
@@ -135,7 +136,7 @@ class Validate(Options):
         """
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
         names = label_names(model)
-        data = open_data(dataset_of(self.run_folder, facts, self.dataset), self.data_dir, names)
+        data = open_data(*images_of(self.run_folder, facts, self.dataset, self.data_dir), names)
         for note in data.notes:
             print(f"warning: {note}", file=sys.stderr)
         if list(data.classes) != names:
@@ -160,14 +161,20 @@ def label_names(model: Any) -> list[str]:
     return [same_name(name) for name in names] if names else [str(index) for index in range(model.num_classes)]
 
 
-def dataset_of(run: Path, facts: RunFacts | None, chosen: str | None = None) -> str:
-    """The name of the images to test on: as chosen, or else those of the run.
+def images_of(
+    run: Path, facts: RunFacts | None, dataset: str | None = None, data_dir: Path | None = None
+) -> tuple[str, Path | None]:
+    """The name of the images to test on and where they are: as chosen, or else those of the run.
 
     Raises:
-        ValueError: neither is known.
+        ValueError: the name is not known.
     """
-    if chosen or facts:
-        return str(chosen or (facts and facts.dataset))
-    if (options := run / ARGS_NAME).exists():  # of a run that was stopped
-        return str(yaml.safe_load(options.read_text(encoding="utf-8"))["dataset"])
-    raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")
+    if dataset:
+        return dataset, data_dir
+    options = run / ARGS_NAME  # of one that was trained here, be it to its end or not
+    told = yaml.safe_load(options.read_text(encoding="utf-8")) if options.exists() else {}
+    dataset = facts.dataset if facts else told.get("dataset")
+    if not dataset:
+        raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")
+    data_dir = data_dir or told.get("data_dir")
+    return dataset, None if data_dir is None else Path(data_dir)

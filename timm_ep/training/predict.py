@@ -20,7 +20,7 @@ from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RunFacts
-from timm_ep.training.evaluate import dataset_of, label_names, load_run
+from timm_ep.training.evaluate import images_of, label_names, load_run
 
 Answer = list[tuple[str, float]]
 
@@ -37,7 +37,7 @@ class Predict(Options):
         images: an image file, or a folder, searched through.
         top: classes to name for each image.
         output: also write the answers to this file, as they come: `.csv` (one row an image and class) or `.json`.
-        data_dir: where the test images are, if not embedded.
+        data_dir: where the test images are, if they are not embedded or no longer where the run had them.
         batch_size: images at a time, which bounds the memory that it takes.
         device: `cpu`, `cuda`, …
         sweeps: of the free phase, in place of those that it was trained with; 0 takes the feedforward pass alone.
@@ -99,7 +99,7 @@ class Predict(Options):
 
     def _open(self, facts: RunFacts | None, unreadable: list[str]) -> Iterator[tuple[str, Image.Image]]:
         if self.images is None:
-            data = open_data(dataset_of(self.run_folder, facts), self.data_dir)
+            data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir))
             for index in range(min(5, len(data.test))):
                 image, label = data.test[index]
                 yield f"test image {index} (a {data.classes[label]})", image
