@@ -228,6 +228,16 @@ def test_local_learning_passes_no_gradient_between_layers():
         assert reached == {index}
 
 
+def test_kernels_that_do_not_learn_are_not_capped():
+    free, frozen = (small_net(math.inf) for _ in range(2))
+    frozen.layers[2].weight.requires_grad_(False)
+    limit = min(free.couplings((4, 4))[1:]) * 0.5
+    free.cap_couplings(limit, (4, 4))
+    frozen.cap_couplings(limit, (4, 4))
+    assert torch.equal(frozen.layers[2].gain, small_net(math.inf).layers[2].gain)
+    assert torch.equal(frozen.layers[3].gain, free.layers[3].gain)
+
+
 def test_an_output_that_settles_is_capped_too():
     model = EpVgg((8, "M", 8, "M"), num_classes=4, readout="state", feedback=1.0)
     with torch.no_grad():

@@ -169,6 +169,21 @@ def test_live_nudging_tends_to_bptt_and_the_centered_estimate_faster(pool):
         assert worst["centered", beta] > worst["one-sided", beta]
 
 
+def test_live_loss_has_live_winners_whatever_the_setting():
+    """It is asked for by name; `forces` says what `backward` on the states does."""
+    x, y = make_batch()
+    live, frozen, still = (
+        parameter_gradients(classic(beta=1.0, forces=forces), "cross-entropy", x, y)
+        for forces in ("live", "frozen", "live")
+    )
+    for one, other in zip(live.parameters(), frozen.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    still.forces = "frozen"
+    still.zero_grad()
+    F.cross_entropy(still(x), y).backward()
+    assert not torch.allclose(live.layers[0].weight.grad, still.layers[0].weight.grad, rtol=1e-2)
+
+
 def test_the_gradient_of_the_image_is_that_of_bptt():
     model, (x, y) = classic(gain=0.8, beta=1e-4, free_sweeps=150, nudged_sweeps=150), make_batch()
     x.requires_grad_()

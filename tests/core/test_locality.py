@@ -72,7 +72,6 @@ def everywhere_but(kept):
             states=spoil(free.states),
             preactivations=[noise(value) for value in free.preactivations],
             drives=spoil(free.drives, drives=True),
-            feedbacks=[noise(value) for value in free.feedbacks],
         )
         nudged = nudged._replace(deltas=spoil(nudged.deltas), drives=spoil(nudged.drives, drives=True))
         net = net._replace(kernels=tuple(map(noise, net.kernels)), biases=tuple(map(noise, net.biases)))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
 
-from timm_ep.data.datasets import create_loader, labels_of, limit, open_data, split_off
+from timm_ep.data.datasets import labels_of, limit, open_data, split_off
 from timm_ep.data.transforms import image_transform
 
 
@@ -136,7 +137,6 @@ def test_a_subset_is_fixed():
     assert list(limit(dataset, 4)) == list(limit(dataset, 4))
     assert len(set(limit(dataset, 4))) == 4
     assert limit(dataset, None) is limit(dataset, 99) is dataset
-    assert [batch.tolist() for batch in create_loader(dataset, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_the_validation_split_is_stratified_fixed_and_apart_from_training():
@@ -174,7 +174,7 @@ def test_an_unreadable_image_is_named(tmp_path, content):
     data.train.transform = data.test.transform = image_transform(32, (0.0,), (1.0,))
     for workers in (0, 1):  # without the tracebacks of the process that met it
         with pytest.raises(ValueError, match=r"^\S*dog/1\.png is not an image that Pillow can read.*Repair or remove"):
-            list(create_loader(data.train, 2, workers))
+            list(DataLoader(data.train, 2, num_workers=workers))
 
 
 def test_a_tar_is_read_by_several_processes_at_once(tmp_path):
@@ -185,7 +185,7 @@ def test_a_tar_is_read_by_several_processes_at_once(tmp_path):
     data = open_data("folder", tmp_path)
     assert data.train[0][1] == 0  # open before the others are forked
     data.train.transform = image_transform(32, (0.0,), (1.0,))
-    one, several = ([images for images, _ in create_loader(data.train, 8, workers)] for workers in (0, 2))
+    one, several = ([images for images, _ in DataLoader(data.train, 8, num_workers=workers)] for workers in (0, 2))
     assert all(torch.equal(*pair) for pair in zip(one, several, strict=True))
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
+from torch.utils.data import DataLoader
 
-from timm_ep.data.datasets import create_loader
 from timm_ep.data.pictures import IMAGE_ERRORS, Pictures, UnreadableImage, as_shown, open_picture
 from timm_ep.data.transforms import run_transform
 
@@ -142,7 +142,7 @@ class Broken(Pictures):
 def test_an_unreadable_picture_is_named_from_other_processes_too():
     for workers in (0, 1):
         with pytest.raises(UnreadableImage, match=r"^file 7 is not an image that Pillow can read"):
-            list(create_loader(Broken(), 1, workers))
+            list(DataLoader(Broken(), 1, num_workers=workers))
 
 
 def test_lab_is_shown_in_grey_as_in_colour():

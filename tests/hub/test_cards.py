@@ -69,10 +69,10 @@ def test_the_card_tells_how_it_was_trained_and_how_the_twin_fared(folder):
     assert rows["Intermediate error signals"] == r"local\_error (weight 0.3)".replace("(", r"\(").replace(")", r"\)")
     assert rows["Teacher"] == r"resnet18.a1\_in1k"
     assert rows["Seed"] == "3"
-    assert rows["Time"] == "0 min 12 s"
+    assert rows["Time"] == "12 s"
     assert rows["Epochs"] == "2"
-    assert rows["this model"] == "61.50 % | 93.00 % | 0 min 12 s"
-    assert rows["backprop twin"] == "64.25 % | – | 0 min 12 s"
+    assert rows["this model"] == "61.50 % | 93.00 % | 12 s"
+    assert rows["backprop twin"] == "64.25 % | – | 12 s"
     assert make_facts().machine.replace("_", r"\_") in text
     assert f"torch {torch.__version__}".replace("_", r"\_") in text
     assert "```\ntimm-ep train --dataset torch/cifar10\n```" in text
@@ -154,6 +154,19 @@ def test_a_dataset_known_by_another_name_gets_its_id(tmp_path):
     for name in "ab":
         assert ModelCard.load(tmp_path / name / "README.md").data.datasets == ["uoft-cs/cifar10"]
         assert "CIFAR-10, a copy as image files, 100 training" in (tmp_path / name / "README.md").read_text()
+
+
+def test_an_output_that_settles_is_shown_at_work(tmp_path):
+    """It is a probability as it is, and learns by the squared error; a teacher by its logits it is not."""
+    cards = {}
+    for readout in ("head", "state"):
+        run = make_run(tmp_path / readout)
+        args = {"in_chans": 1, "readout": readout}
+        (run / "config.json").write_bytes(changed_config(run, model_args=args))
+        cards[readout] = folder_card(run, "x", "hf-hub:alice/x")
+    assert [len(re.findall("softmax|cross_entropy|### Distil", card)) for card in cards.values()] == [5, 0]
+    (tune,) = [block for block in re.findall(r"```python\n(.*?)```", cards["state"], re.S) if "AdamW" in block]
+    exec(tune.replace('"hf-hub:alice/x", pretrained=True', '"ep_vgg5_025", in_chans=1, readout="state"'), {})
 
 
 EVIL = "<script>alert(1)</script>`](javascript:alert(1))\n---\n# {{ 7 * 7 }} | <img src=x onerror=alert(1)> \x1b[31m"

@@ -20,12 +20,13 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from PIL import Image
 from safetensors.torch import load_file, save
 from timm.data import resolve_data_config
+from torch.utils.data import DataLoader
 
 from hub_client import Client
 from hub_server import HubServer
 from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
 from timm_ep import cli
-from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.datasets import open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub import publishing as hub
 from timm_ep.hub.export import prepare
@@ -77,6 +78,14 @@ def cache(client):
     return client
 
 
+def publish(*args, **options) -> str:
+    return hub.Publish(*args, **options).run()
+
+
+def pull(*args, **options) -> Path:
+    return hub.Pull(*args, **options).run()
+
+
 def published(site) -> dict[str, bytes]:
     """Files of the repository but what its creation puts there; nothing if it does not exist."""
     tree = site.repositories[ID].tree() if ID in site.repositories else {}
@@ -91,7 +100,7 @@ def test_round_trip(site, cache, run, tmp_path, kind):
     """What comes back by timm's `hf-hub:`, and by `pull`, is the model: weights, logits, settings, names of classes."""
     site.large = (lambda path, size: False) if kind == "regular" else site.large
     site.part_size = 300_000 if kind == "multipart" else None
-    address = cache(hub.publish, run, ID)
+    address = cache(publish, run, ID)
     repository = site.repositories[ID]
     assert set(repository.tree()) == FILES
     assert repository.log == ["initial commit", "Add ep_vgg5_025.insects"]  # one commit holds it all
@@ -101,7 +110,7 @@ def test_round_trip(site, cache, run, tmp_path, kind):
 
     original = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     by_timm = cache(timm.create_model, f"hf-hub:{ID}", pretrained=True).eval()
-    cache(hub.pull, ID, tmp_path / "pulled")
+    cache(pull, ID, tmp_path / "pulled")
     assert {path.name for path in (tmp_path / "pulled").iterdir()} == FILES - {".gitattributes"}
     pulled = timm.create_model(f"local-dir:{tmp_path / 'pulled'}", pretrained=True).eval()
     images = torch.randn(2, 1, 32, 32)
@@ -134,7 +143,7 @@ def test_what_timm_itself_pushed_is_pulled_tested_and_predicted_with(site, cache
     model = timm.create_model("ep_vgg5_025", num_classes=10, in_chans=1, **SETTINGS).eval()
     cache(timm.models.push_to_hf_hub, model, ID)
     assert "pytorch_model.bin" in site.repositories[ID].tree()
-    folder = cache(hub.pull, ID, tmp_path / "pulled")
+    folder = cache(pull, ID, tmp_path / "pulled")
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     loaded, facts = load_run(folder)
     images = torch.randn(2, 1, 32, 32)
@@ -151,7 +160,7 @@ def test_what_timm_itself_pushed_is_pulled_tested_and_predicted_with(site, cache
 def digits_of(model):
     data = open_data("digits")
     data.test.transform = run_transform(model)
-    return create_loader(data.test, 64)
+    return DataLoader(data.test, 64)
 
 
 def test_a_dry_run_is_exactly_what_would_appear(site, cache, run, tmp_path):
@@ -165,59 +174,59 @@ def test_a_dry_run_is_exactly_what_would_appear(site, cache, run, tmp_path):
 
 
 def test_a_private_repository_is_for_its_owner(site, cache, run, tmp_path):
-    cache(hub.publish, run, ID, private=True)
+    cache(publish, run, ID, private=True)
     assert site.repositories[ID].private
     for token in (BOB, None):
         with pytest.raises(FileNotFoundError, match=r"no such repository, or a private one that this token may not"):
-            cache(hub.pull, ID, tmp_path / "stolen", token=token)
-    assert cache(hub.pull, ID, tmp_path / "own").is_dir()
+            cache(pull, ID, tmp_path / "stolen", token=token)
+    assert cache(pull, ID, tmp_path / "own").is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {"own"}
 
 
 def test_revisions_and_pull_requests_leave_main_alone(site, cache, run, tmp_path):
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     main = site.repositories[ID].oid("main")
     other = make_run(tmp_path / "other", seed=1)
-    cache(hub.publish, other, ID, revision="v2")
-    address = cache(hub.publish, other, ID, create_pr=True, token=BOB)  # who may not write there
+    cache(publish, other, ID, revision="v2")
+    address = cache(publish, other, ID, create_pr=True, token=BOB)  # who may not write there
     assert address == f"{site.url}/{ID}/discussions/1"
     assert site.repositories[ID].oid("main") == main
     for revision in ("v2", "refs/pr/1"):
-        folder = cache(hub.pull, ID, tmp_path / revision[-1], revision=revision)
+        folder = cache(pull, ID, tmp_path / revision[-1], revision=revision)
         assert torch.equal(
             load_file(folder / "model.safetensors")["head.fc.weight"],
             load_file(other / "model.safetensors")["head.fc.weight"],
         )
     with pytest.raises(FileNotFoundError, match="no such revision"):
-        cache(hub.pull, ID, tmp_path / "x", revision="v3")
+        cache(pull, ID, tmp_path / "x", revision="v3")
     with pytest.raises(ValueError, match="A pull request is to the main branch"):
-        hub.publish(run, ID, revision="v2", create_pr=True)
+        publish(run, ID, revision="v2", create_pr=True)
 
 
 def test_an_existing_repository(site, cache, run, tmp_path):
     """The same again changes nothing; other weights of the same net are one more commit; anything else is refused."""
-    cache(hub.publish, run, ID)
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
+    cache(publish, run, ID)
     assert len(site.repositories[ID].log) == 2
-    cache(hub.publish, make_run(tmp_path / "retrained", seed=1), ID)
+    cache(publish, make_run(tmp_path / "retrained", seed=1), ID)
     assert len(site.repositories[ID].log) == 3
     assert "results.json" in published(site)
     bare = make_run(tmp_path / "of unknown training", seed=2)
     (bare / "results.json").unlink()
-    cache(hub.publish, bare, ID)
+    cache(publish, bare, ID)
     kept = published(site)
     assert set(kept) == {"README.md", "config.json", "model.safetensors"}  # no facts of other weights
     with pytest.raises(FileExistsError, match="holds the architecture 'ep_vgg5_025'; choose another name"):
-        cache(hub.publish, make_run(tmp_path / "wider", architecture="ep_vgg5_050"), ID)
+        cache(publish, make_run(tmp_path / "wider", architecture="ep_vgg5_050"), ID)
     with pytest.raises(FileExistsError, match="is public; make it private"):
-        cache(hub.publish, run, ID, private=True)
+        cache(publish, run, ID, private=True)
     assert published(site) == kept
     site.add("alice/notes", {"thesis.tex": b"x"})
     with pytest.raises(FileExistsError, match=r"holds other files, such as 'thesis.tex'"):
-        cache(hub.publish, run, "alice/notes")
+        cache(publish, run, "alice/notes")
     site.add("alice/broken", {"config.json": b"[" * 100_000})
     with pytest.raises(FileExistsError, match="choose another name"):
-        cache(hub.publish, run, "alice/broken")
+        cache(publish, run, "alice/broken")
 
 
 def test_checkpoints(site, cache, run, tmp_path):
@@ -225,10 +234,10 @@ def test_checkpoints(site, cache, run, tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in load_file(run / "model.safetensors").items()}
     shutil.copy(run / "config.json", tmp_path)
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "last.pth.tar")
-    cache(hub.publish, tmp_path / "last.pth.tar", ID)
+    cache(publish, tmp_path / "last.pth.tar", ID)
     assert set(published(site)) == {"README.md", "config.json", "model.safetensors"}
     assert b"What trained these weights was not recorded" in published(site)["README.md"]
-    weights = cache(hub.pull, ID, tmp_path / "pulled") / "model.safetensors"
+    weights = cache(pull, ID, tmp_path / "pulled") / "model.safetensors"
     for name, tensor in load_file(weights).items():
         assert torch.equal(tensor, state[name])
         assert tensor.dtype == torch.bfloat16
@@ -243,7 +252,7 @@ def test_checkpoints(site, cache, run, tmp_path):
 
 def test_large_releases_are_found_by_hub_id(site, cache, run):
     """`hf_hub_id` in a pretrained cfg, as `default_cfgs` has for weights that do not ship with the package."""
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     overlay = {"hf_hub_id": ID, "num_classes": 4, "input_size": (1, 32, 32)}
     model = cache(timm.create_model, "ep_vgg5_025", pretrained=True, pretrained_cfg_overlay=overlay)
     for name, tensor in load_file(run / "model.safetensors").items():
@@ -276,12 +285,12 @@ def test_a_publication_that_fails_leaves_nothing_and_a_repeat_completes(site, ca
     method, path, what = fault
     site.fail(method, path, **what)
     with pytest.raises(error, match=message) as raised:
-        cache(hub.publish, run, ID)
+        cache(publish, run, ID)
     assert str(raised.value).startswith(f"Publishing to {ID} failed: ")
     assert "\n" not in str(raised.value)
     assert published(site) == {}
     site.faults.clear()
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     assert set(published(site)) == FILES - {".gitattributes"}
 
 
@@ -299,7 +308,7 @@ def test_a_publication_that_fails_leaves_nothing_and_a_repeat_completes(site, ca
 def test_passing_faults_are_outlived(site, cache, run, fault):
     method, path, what = fault
     site.fail(method, path, **what)
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     assert set(published(site)) == FILES - {".gitattributes"}
     assert [fault.times for fault in site.faults] == [0]
     assert len(site.repositories[ID].log) == 2
@@ -308,9 +317,9 @@ def test_passing_faults_are_outlived(site, cache, run, fault):
 def test_a_lost_answer_to_a_commit_is_not_committed_twice(site, cache, run):
     site.fail("POST", "/commit/", drop_download=5)
     with pytest.raises(ConnectionError, match="the connection broke"):
-        cache(hub.publish, run, ID)
+        cache(publish, run, ID)
     assert set(published(site)) == FILES - {".gitattributes"}  # it had arrived
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     assert len(site.repositories[ID].log) == 2
 
 
@@ -322,12 +331,12 @@ def test_who_may_not_publish(site, cache, run):
         BOB: "may not write there",
     }.items():
         with pytest.raises(PermissionError, match=message):
-            cache(hub.publish, run, ID, token=token)
+            cache(publish, run, ID, token=token)
         assert site.repositories == {}
     site.add(ID, {})
     for token in (READER, BOB):
         with pytest.raises(PermissionError, match="may not write there"):
-            cache(hub.publish, run, ID, token=token)
+            cache(publish, run, ID, token=token)
     assert published(site) == {}
 
 
@@ -337,7 +346,7 @@ def test_no_upload_begins_with_a_model_that_fails_its_checks(site, cache, run, t
     state["head.fc.bias"][0] = float("nan")
     (broken / "model.safetensors").write_bytes(save(state))
     with pytest.raises(ValueError, match=r"head.fc.bias has values that are NaN"):
-        cache(hub.publish, broken, ID)
+        cache(publish, broken, ID)
     assert site.requests == []
 
 
@@ -358,16 +367,16 @@ def test_no_upload_begins_with_a_model_that_fails_its_checks(site, cache, run, t
     ],
 )
 def test_a_pull_that_fails_leaves_nothing_and_a_repeat_completes(site, cache, run, tmp_path, fault, error, message):
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     method, path, what = fault
     site.fail(method, path, **what)
     with pytest.raises(error, match=message) as raised:
-        cache(hub.pull, ID, tmp_path / "pulled")
+        cache(pull, ID, tmp_path / "pulled")
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
     assert cache.cached() == []
     site.faults.clear()
-    cache(hub.pull, ID, tmp_path / "pulled")
+    cache(pull, ID, tmp_path / "pulled")
     assert load_file(tmp_path / "pulled" / "model.safetensors").keys() == load_file(run / "model.safetensors").keys()
 
 
@@ -381,16 +390,16 @@ def test_a_pull_that_fails_leaves_nothing_and_a_repeat_completes(site, cache, ru
     ],
 )
 def test_a_pull_outlives_passing_faults(site, cache, run, tmp_path, fault):
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     method, path, what = fault
     site.fail(method, path, **what)
-    folder = cache(hub.pull, ID, tmp_path / "pulled")
+    folder = cache(pull, ID, tmp_path / "pulled")
     assert (folder / "model.safetensors").read_bytes() == published(site)["model.safetensors"]
 
 
 def test_timms_own_path_caches_nothing_half(site, cache, run):
     """A download by `hf-hub:` that breaks: no weights in the cache, and a repeat loads them all."""
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     site.fail("GET", "/cdn/", drop_download=1000, times=ALWAYS)
     with pytest.raises(Exception, match="peer closed connection"):
         cache(timm.create_model, f"hf-hub:{ID}", pretrained=True)
@@ -405,14 +414,14 @@ def pull_with_small_files(*args) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        hub.pull(*args)
+        pull(*args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_at_download(site, cache, run, tmp_path):
     """On a disk of 300 kB, where this process may mount one; else with a limit on the size of files."""
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     mounted = (
         os.geteuid() == 0
         and not subprocess.run(
@@ -421,21 +430,21 @@ def test_a_full_disk_at_download(site, cache, run, tmp_path):
     )
     try:
         with pytest.raises(OSError, match=r"No space left on device|File too large") as raised:
-            cache(hub.pull if mounted else pull_with_small_files, ID, tmp_path / "pulled")
+            cache(pull if mounted else pull_with_small_files, ID, tmp_path / "pulled")
         assert str(raised.value).startswith(f"Pulling {ID} failed: ")
         assert list(tmp_path.iterdir()) == []
     finally:
         if mounted:
             subprocess.run(["umount", tmp_path], check=True)
     assert cache.cached() == []
-    assert cache(hub.pull, ID, tmp_path / "pulled").is_dir()
+    assert cache(pull, ID, tmp_path / "pulled").is_dir()
 
 
 def test_nothing_is_pulled_over_what_is_there(site, cache, run, tmp_path):
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        cache(hub.pull, ID, tmp_path)
+        cache(pull, ID, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -489,7 +498,7 @@ def test_hostile_repositories_are_refused(site, cache, run, tmp_path, what):
     files, message = HOSTILE[what]
     site.add("eve/model", files(run))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        cache(hub.pull, "eve/model", tmp_path / "pulled")
+        cache(pull, "eve/model", tmp_path / "pulled")
     assert list(tmp_path.iterdir()) == []
     assert cache.cached() == []
 
@@ -499,7 +508,7 @@ def test_hostile_repositories_are_refused(site, cache, run, tmp_path, what):
 def test_strange_sizes_are_refused_before_a_download(site, cache, run, tmp_path, name, size):
     site.add("eve/model", hostile(run, **{"README.md": b"x"})).claimed_sizes[name] = size
     with pytest.raises((ValueError, OSError), match=rf"{name} has .* bytes; expected 0 to|int"):
-        cache(hub.pull, "eve/model", tmp_path / "pulled")
+        cache(pull, "eve/model", tmp_path / "pulled")
     assert not any(request.startswith("GET") and name in request for request in site.requests)
     assert list(tmp_path.iterdir()) == []
 
@@ -511,7 +520,7 @@ def test_pickles_are_not_opened(site, cache, run, tmp_path, name):
     files = hostile(run, model__safetensors=None, **{name: pickled_weights(run, marker)})
     site.add("eve/model", files)
     with pytest.raises(FileNotFoundError, match=rf"only safetensors are read, and none of .*{name}.* is opened"):
-        cache(hub.pull, "eve/model", tmp_path / "pulled")
+        cache(pull, "eve/model", tmp_path / "pulled")
     with pytest.raises((RuntimeError, EntryNotFoundError), match=r"weights_only=True blocked|Entry Not Found"):
         cache(timm.create_model, "hf-hub:eve/model", pretrained=True)
     (tmp_path / "local").mkdir()
@@ -549,18 +558,18 @@ def test_tokens_are_neither_printed_nor_published(site, cache, tmp_path):
     (run / "results.json").write_text(json.dumps(results))
     cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
     (run / "config.json").write_bytes(changed_config(run, pretrained_cfg={**cfg, "description": f"see {secret}"}))
-    cache(hub.publish, run, ID, token=secret)
+    cache(publish, run, ID, token=secret)
     assert b"see ***" in published(site)["config.json"]
     for content in published(site).values():
         assert secret.encode() not in content
     assert b"--token ***" in published(site)["README.md"]
     for repo_id in (secret, f"{secret}/model", f"https://alice:{secret}@hub.org/alice/x", f"alice/{secret}"):
         with pytest.raises(ValueError, match=r"is no repository's id; expected user/name"):
-            cache(hub.publish, run, repo_id, token=secret)
+            cache(publish, run, repo_id, token=secret)
         with pytest.raises(ValueError, match=r"is no repository's id; expected user/name"):
-            cache(hub.pull, repo_id, tmp_path / "x", token=secret)
+            cache(pull, repo_id, tmp_path / "x", token=secret)
         with pytest.raises(ValueError, match="revision holds an access token"):
-            cache(hub.pull, ID, tmp_path / "x", revision=secret, token=secret)
+            cache(pull, ID, tmp_path / "x", revision=secret, token=secret)
         for command in (["pull", repo_id], ["publish", str(run), "--repo-id", repo_id], ["train", f"--lr={repo_id}"]):
             with pytest.raises(SystemExit):
                 cache(cli.main, command, token=secret)
@@ -568,7 +577,7 @@ def test_tokens_are_neither_printed_nor_published(site, cache, tmp_path):
     for status in (401, 403, 500):
         site.fail("GET", "/api/models/", status=status)
         with pytest.raises(OSError, match="failed"):
-            cache(hub.pull, ID, tmp_path / "x", token=secret)
+            cache(pull, ID, tmp_path / "x", token=secret)
     assert secret not in cache.output
 
 
@@ -629,7 +638,7 @@ def test_the_command_line_end_to_end(site, run, tmp_path):
 
 def test_the_cards_snippets_run(site, cache, run, tmp_path):
     """Every Python block of a published card, against the Hub it names."""
-    cache(hub.publish, run, ID)
+    cache(publish, run, ID)
     blocks = re.findall(r"```python\n(.*?)```", published(site)["README.md"].decode(), re.S)
     assert len(blocks) == 4
     Image.new("RGB", (40, 50), (200, 30, 30)).save(tmp_path / "image.png")

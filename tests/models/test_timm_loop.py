@@ -12,8 +12,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler, accuracy, dispatch_clip_grad
+from torch.utils.data import DataLoader
 
-from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.datasets import open_data
 from timm_ep.data.transforms import image_transform
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.task import EpTask
@@ -38,7 +39,7 @@ def test_a_plain_loop_of_timms_parts_learns(task_kind, extra):
     """bf16 autocast, EMA, mixup, AGC, accumulation; also compiled by the eager backend, and with a loss scaler."""
     data = open_data("digits")
     data.train.transform = data.test.transform = image_transform(8, (0.45,), (0.225,))
-    loader = create_loader(data.train, 16)
+    loader = DataLoader(data.train, 16)
     task = create(task_kind)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=1e-2, weight_decay=0.05)
     task.setup_ema(decay=0.8)
@@ -75,7 +76,7 @@ def test_a_plain_loop_of_timms_parts_learns(task_kind, extra):
             scheduler.step_update(step)
     assert epochs == 1
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    images, labels = next(iter(create_loader(data.test, 360)))
+    images, labels = next(iter(DataLoader(data.test, 360)))
     for ema in (False, True):
         model = task.get_eval_model(ema=ema).eval()
         with torch.no_grad():

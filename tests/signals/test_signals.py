@@ -268,6 +268,21 @@ def test_the_loss_of_an_output_state_is_the_squared_error():
     assert_close(EpTask(model, dtype=torch.float64)(x, y)["loss"], expected)
 
 
+def test_what_a_criterion_learns_is_clipped_and_saved_with_the_signals():
+    def tempered():
+        criterion = torch.nn.CrossEntropyLoss()
+        criterion.register_parameter("temperature", torch.nn.Parameter(torch.rand(())))
+        return EpTask(model, LocalErrors(model), criterion=criterion)
+
+    model = make_net(4)
+    task, other, plain = tempered(), tempered(), EpTask(model, LocalErrors(model))
+    assert task.criterion.temperature in set(task.get_clip_parameters())
+    assert len(task.get_clip_parameters()) == len(plain.get_clip_parameters()) + 1
+    other.load_checkpoint_state(*task.get_checkpoint_state().values())
+    assert torch.equal(other.criterion.temperature, task.criterion.temperature)
+    assert plain.get_task_state().keys() == task.get_task_state().keys() - {"criterion.temperature"}
+
+
 def test_hooks_that_the_task_would_not_call_are_refused():
     model, (x, y) = make_net(4), make_batch()
     for register in (model.register_forward_pre_hook, model.register_forward_hook):

@@ -194,9 +194,9 @@ def test_other_classes_are_refused_for_logits_and_allowed_for_features(run, imag
 
 
 def test_no_teacher_without_trained_weights(tmp_path):
-    with pytest.raises(ValueError, match=r"No teacher 'ep_vgg9'.*list_pretrained"):
+    with pytest.raises(ValueError, match=r"model 'ep_vgg9' could not be created: .*ep_vgg9_050\.ep_cifar10"):
         create_teacher("ep_vgg9", MEAN, STD)
-    with pytest.raises(ValueError, match=r"No teacher 'resnet1'"):
+    with pytest.raises(ValueError, match=r"model 'resnet1' is unknown to timm; similar are .*resnet18"):
         create_teacher("resnet1", MEAN, STD)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         create_teacher(str(tmp_path), MEAN, STD)
@@ -231,22 +231,21 @@ def test_the_cache_asks_once_and_gives_the_same_answer():
     images = torch.rand(6, 3, 32, 32)
     asked = []
     teacher.register_forward_pre_hook(lambda module, args: asked.append(len(args[0])))
-    cache = TeacherCache(teacher, 6)
+    cache = TeacherCache(teacher, images.split(4), 6)
     for indices in ([4, 0], [0, 5, 4], [1, 2, 3, 4, 5, 0]):
-        answer = cache(images[indices], torch.tensor(indices))
+        answer = cache(torch.tensor(indices))
         expected = teacher(images[indices])
         asked.pop()
         for ours, theirs in zip((*answer.features, answer.logits), (*expected.features, expected.logits), strict=True):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
-    assert asked == [2, 1, 3]
+    assert asked == [4, 2]
 
 
 def test_a_cache_that_would_fill_the_memory_is_refused():
     teacher = create_teacher(timm.create_model("test_resnet", num_classes=7), MEAN, STD)
-    cache = TeacherCache(teacher, 10_000_000)
     with pytest.raises(MemoryError, match=r"10,000,000 images takes .* GiB; the limit is 8 GiB"):
-        cache(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
+        TeacherCache(teacher, [torch.rand(2, 3, 32, 32)], 10_000_000)
 
 
 def test_the_features_of_a_net_at_full_feedback_are_targets_too():
@@ -259,7 +258,7 @@ def test_the_features_of_a_net_at_full_feedback_are_targets_too():
         torch.nn.init.zeros_(projection.weight)
         torch.nn.init.zeros_(projection.bias)
     states = student.equilibrium(images)
-    for answer in (teacher(images), TeacherCache(teacher, 4)(images, torch.arange(4))):
+    for answer in (teacher(images), TeacherCache(teacher, [images], 4)(torch.arange(4))):
         assert distillation(states, answer.features).item() == pytest.approx(len(distillation.layers), rel=0.02)
 
 
@@ -303,3 +302,9 @@ def test_a_model_in_a_wrapper_is_shown_what_the_model_is():
     model = timm.create_model("test_resnet", num_classes=5)
     wrapped, plain = (create_teacher(each, MEAN, STD) for each in (torch.nn.DataParallel(model), model))
     assert wrapped.input_size == plain.input_size
+    fixed = torch.nn.DataParallel(timm.create_model("test_vit", num_classes=5, img_size=64))
+    assert create_teacher(fixed, MEAN, STD).input_size == (64, 64)
+    with pytest.raises(ValueError, match="takes images of 64×64 pixels alone"):
+        create_teacher(fixed, MEAN, STD, img_size=32)
+    with pytest.raises(ValueError, match="has 5 classes and the student 2"):
+        create_teacher(fixed, MEAN, STD, classes=["a", "b"])

@@ -1,7 +1,9 @@
 """The benchmark counts, orders and combines its measurements as it says; what it measures is not asserted."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -160,6 +162,13 @@ def test_memory_is_measured_in_a_fresh_process():
     cost = measure.in_fresh_process(make_hungry_step, 100)
     assert 95 < cost.megabytes < 130
     assert cost.seconds > 0
+
+
+def test_where_memory_cannot_be_asked_for_all_else_runs(monkeypatch):
+    """`resource` is of Unix alone; this module is imported with the package."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.find_spec("timm_ep.studies.measure")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def make_hungry_step(megabytes: int) -> measure.Step:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from timm_ep.core import nudged_phase
-from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.datasets import open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RunFacts
 from timm_ep.signals.local_errors import LocalErrors
@@ -312,7 +312,7 @@ def by_plain_loop(run, data_dir, seed, output, frozen=False):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return evaluate(model, create_loader(data.test, 256)).top1
+    return evaluate(model, DataLoader(data.test, 256)).top1
 
 
 @pytest.mark.slow

@@ -102,6 +102,19 @@ def test_too_many_skips_in_a_row_stop_the_run_with_a_diagnosis(mode, tmp_path, m
     assert all(value.isfinite().all() for value in newest.state["state_dict"].values())
 
 
+def test_a_gradient_that_no_scale_makes_finite_is_noticed_in_float16_too(tmp_path, monkeypatch):
+    """From 2¹⁶ it takes 16 updates to scale no more; until then infinite gradients are the scaler's own business."""
+
+    def nan_gradient(loop, batches):
+        loop.task.model.layers[0].bias.register_hook(lambda gradient: gradient * float("nan"))
+
+    spoil(monkeypatch, {0}, nan_gradient)
+    options = {**OPTIONS, "epochs": 4, "skip_limit": 3, "amp": True, "amp_dtype": "float16"}
+    with pytest.raises(FloatingPointError, match=r"update 19, epoch 3\) because the gradient is not finite"):
+        Trainer(**options, output=tmp_path).run()
+    assert skipped(tmp_path) == [0, 0]
+
+
 def test_a_net_that_does_not_settle_is_not_trained(tmp_path, capsys):
     """λ = 1 and large gains: the free phase swings."""
     options = {**OPTIONS, "model_args": {**OPTIONS["model_args"], "feedback": 3.0, "init_gain": 2.0}}

@@ -16,6 +16,7 @@ import torch
 
 from timm_ep.training import checkpoints, loop, trainer
 from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.evaluate import Evaluation
 from timm_ep.training.trainer import Trainer
 
 # A server that has imported the package once and forks: a process costs milliseconds.
@@ -419,16 +420,37 @@ def test_the_best_is_what_its_checkpoint_says(tmp_path):
     # No validation, no best.
     assert store.repair_best(saved(1, 0))["best_epoch"] == 0
     store.best.write_text("damaged")
-    assert store.repair_best(saved(3, 2)) == saved(3, 2)["progress"]
+    assert store.repair_best(saved(3, 2))["best_epoch"] == 0
     assert store.repair_best(saved(2, 2)) == saved(2, 2)["progress"]
     assert load_checkpoint(store.best)["progress"] == saved(2, 2)["progress"]
 
 
-def test_what_a_killed_process_left_of_a_model_is_removed(tmp_path):
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_run_whose_best_checkpoint_is_damaged_can_be_ended(patience, tmp_path, monkeypatch, capsys):
+    """The best is then chosen among the epochs to come: here that which begins again, as validation gets ever worse."""
+    accuracies = itertools.count(90, -1)
+    worse = lambda *args: Evaluation(1.0, next(accuracies), None, [])  # noqa: E731
+    options = {**options_of(tmp_path), "patience": patience, "resume": True}
+    monkeypatch.setattr(loop, "evaluate", worse)
+    Trainer(**{**options, "epochs": 2}).run()
+    (tmp_path / "checkpoints" / "best.pt").write_bytes(b"damaged")
+    Trainer(**{**options, "epochs": 2}).run()
+    assert "best.pt cannot be read: the best is chosen anew" in capsys.readouterr().err
+    Trainer(**{**options, "epochs": 4}).run()
+    assert CheckpointStore(tmp_path / "checkpoints").newest().state["progress"]["epoch"] == 4
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["progress"]["best_epoch"] == 3
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".model-abc").mkdir()
     (tmp_path / ".model-abc" / "model.safetensors").write_text("half")
+    for name in ("model-abcd_123.safetensors", "config-abcd1234.json", "summary-12345678.csv", "args-abcdefgh.yaml"):
+        (tmp_path / f".{name}").write_text("half")
+    others = {".config-mine.json", ".notes-12345678.csv", ".config-abcd1234.yaml"}
+    for name in others:
+        (tmp_path / name).write_text("not of a run")
     Trainer(**options_of(tmp_path)).run()
-    assert not (tmp_path / ".model-abc").exists()
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {*others, ".lock"}
 
 
 def test_validation_on_a_noisy_device_does_not_depend_on_the_kill(tmp_path, monkeypatch):

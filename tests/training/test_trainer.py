@@ -4,15 +4,17 @@ import csv
 import errno
 import json
 import math
+import shutil
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from timm_ep.base.files import replacing
-from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.datasets import open_data
 from timm_ep.hub import export
 from timm_ep.hub.cards import Card, RunFacts
 from timm_ep.hub.curves import Plot
@@ -111,7 +113,7 @@ def test_evaluation_counts_like_plain_python():
 
     logits = torch.randn(25, 1, 7, 1)
     labels = torch.randint(0, 7, (25,))
-    result = evaluate(Fixed(), create_loader(list(zip(logits, labels.tolist(), strict=True)), 4))
+    result = evaluate(Fixed(), DataLoader(list(zip(logits, labels.tolist(), strict=True)), 4))
     rows = [[value.item() for value in row.flatten()] for row in logits]
     ranks = [sorted(row, reverse=True).index(row[label]) for row, label in zip(rows, labels.tolist(), strict=True)]
     losses = [
@@ -252,7 +254,9 @@ def test_a_run_is_tested_on_its_own_images(pictures, tmp_path, capsys):
     pictures.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=str(pictures)):
         Validate(run).run()
+    shutil.rmtree(tmp_path / "elsewhere" / "train")  # which no test needs
     assert Validate(run, tmp_path / "elsewhere").run().top1 == facts.top1
+    assert len(Predict(run, data_dir=tmp_path / "elsewhere").run()) == 5
     (run / "args.yaml").unlink()
     with pytest.raises(ValueError, match="does not say what images"):
         Gradcheck(str(run)).run()

@@ -7,11 +7,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["creating", "only_one", "replacing"]
+__all__ = ["creating", "only_one", "remove_unfinished", "replacing"]
 
 _LOCK_SECONDS = 3.0  # a killed owner's own processes, which hold the lock too, end in less
 
@@ -41,6 +42,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)  # the new name is on the disk once its folder is
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left beside `path` when they were about to replace it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{escape(path.stem)}-{'?' * 8}{escape(path.suffix)}"):  # as `tempfile` names it
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

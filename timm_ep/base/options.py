@@ -50,6 +50,17 @@ class Options:
         for name, value in values.items():
             setattr(self, name, _found(value))
 
+    def at_least(self, **least: float) -> None:
+        """Refuse options that are given and below these.
+
+        Raises:
+            ValueError: the first that is.
+        """
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}={value} is too small; it must be at least {bound}.")
+
 
 def _found(value: Any) -> Any:
     if isinstance(value, list):

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["in_order", "is_plain_text", "same_name"]
+__all__ = ["duration", "in_order", "is_plain_text", "same_name"]
 
 # What could break a line or show text in another order than it is in; and what stands for bytes that are no text.
 _REFUSED = {"Cc", "Cs", "Zl", "Zp"}
@@ -27,3 +27,13 @@ def in_order(name: str) -> tuple[list[int | str], str]:
     """A key to sort names by: numbers by their value, as in timm; names that differ in case alone by that."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 4.2 s, 42 s, 3 min 5 s, 2 h 7 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -26,19 +26,14 @@ from timm_ep.core.settings import Settings
 __all__ = ["as_built", "device_free_phase", "device_nudged_phase"]
 
 
-class _Noise:
-    """ξ for every layer and place (pre-activation, state, weights): new numbers at each call, or the same ones."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.frozen = settings.noise == "frozen"
-
-    def draw(self, like: Tensor, place: int) -> Tensor:
-        if not self.frozen:
-            # In the order that states lie in memory: torch draws others, one by one, ten times as slowly.
-            images, channels, height, width = like.shape
-            ordered = torch.randn(images, height, width, channels, dtype=like.dtype, device=like.device)
-            return ordered.permute(0, 3, 1, 2)
+def _noise(settings: Settings, like: Tensor, place: int) -> Tensor:
+    """ξ of a layer's pre-activations or states: new numbers at each call, or the same ones of that place."""
+    if settings.noise == "frozen":
         return _fixed((1, *like.shape[1:]), place).to(like)  # one for each neuron, the same for all images
+    # In the order that states lie in memory: torch draws others, one by one, ten times as slowly.
+    images, channels, height, width = like.shape
+    ordered = torch.randn(images, height, width, channels, dtype=like.dtype, device=like.device)
+    return ordered.permute(0, 3, 1, 2)
 
 
 _MISMATCH = 1_000_000  # places of weights, beyond those of neurons
@@ -92,7 +87,7 @@ def _settle(
     forces: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """From `states`, by as many sweeps; `forces` are β λ^(N−l) g_l."""
-    back, noise, top = _feedback_net(net, settings), _Noise(settings), len(states) - 1
+    back, top = _feedback_net(net, settings), len(states) - 1
     states = list(states)
     for sweep in schedule(settings.update, len(states), sweeps, started=started):
         for group in sweep:
@@ -106,21 +101,21 @@ def _settle(
                     total = total + settings.feedback * back.feedback(layer + 1, above, states[layer])
                 if forces and (force := forces[layer]) is not None:
                     total = total - force
-                new[layer] = _read(total, settings, noise, layer)
+                new[layer] = _read(total, settings, layer)
             for layer, state in new.items():
                 states[layer] = state
     return states
 
 
-def _read(preactivation: Tensor, settings: Settings, noise: _Noise, layer: int) -> Tensor:
+def _read(preactivation: Tensor, settings: Settings, layer: int) -> Tensor:
     """The state that the device comes to have, and shows, at a pre-activation."""
     u = preactivation
     if settings.drive_noise or settings.relative_drive_noise:
-        u = u + (settings.drive_noise + settings.relative_drive_noise * u.abs()) * noise.draw(u, 2 * layer)
+        u = u + (settings.drive_noise + settings.relative_drive_noise * u.abs()) * _noise(settings, u, 2 * layer)
     state = u.clamp(0, 1)
     if settings.state_noise or settings.relative_state_noise:
         spread = settings.state_noise + settings.relative_state_noise * state
-        state = (state + spread * noise.draw(state, 2 * layer + 1)).clamp(0, 1)
+        state = (state + spread * _noise(settings, state, 2 * layer + 1)).clamp(0, 1)
     if settings.state_bits:
         state = rounded(state, settings.state_bits, settings.rounding == "stochastic", 0.0, 1.0)
     return state
@@ -167,5 +162,5 @@ def device_nudged_phase(
         ]
         for phase in (states, nudged)
     ]
-    free = FreePhase(list(states), list(states), drives[0], [None] * depth, [None] * depth)
+    free = FreePhase.at(list(states), list(states), drives[0])
     return free, NudgedPhase(deltas, drives[1])

@@ -101,8 +101,7 @@ def prepared(net: Net, x: Tensor) -> tuple[Net, Tensor]:
     """Net and input as they settle: in the dtype of autocast where it is on, else that of the kernels; in channels-last
     format; and with the kernels of small maps written out as matrices."""
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if casts else net.kernels[0].dtype
+    dtype = autocast_dtype(device) or net.kernels[0].dtype
     with no_autocast(device):
         kernels, biases = (tuple(tensor.to(dtype) for tensor in tensors) for tensors in (net.kernels, net.biases))
         net = Net(net.couplings, kernels, biases).written_out((x.shape[-2], x.shape[-1]))
@@ -121,10 +120,15 @@ def with_short_products(net: Net, settings: Settings) -> Net:
     return net._replace(half=tuple(kernel.to(dtype) for kernel in net.kernels))
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """That of autocast on a kind of device; None where it is off, or not to be had, as on the meta device."""
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
+
+
 def no_autocast(device: str) -> AbstractContextManager[None]:
-    available = torch.amp.is_autocast_available(device)  # not on the meta device
-    casts = available and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if casts else nullcontext()
+    """Autocast off, where it is on."""
+    return torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
 def refuse_second_derivatives() -> None:
@@ -195,7 +199,7 @@ class _Equilibrium(torch.autograd.Function):
         triples = (saved[3 * depth + i :: 3] for i in range(3))
         drives = [None if value is None else Drive(value, *winners) for value, *winners in zip(*triples, strict=True)]
         net = with_short_products(Net(ctx.couplings, tuple(kernels), tuple(biases)), ctx.settings)
-        free = FreePhase(Clipped(preactivations), preactivations, drives, [None] * depth, [None] * depth)
+        free = FreePhase.at(Clipped(preactivations), preactivations, drives)
         with no_autocast(x.device.type):
             return (None, None, None, *ep_gradient(net, x, free, grads, ctx.settings, ctx.needs_input_grad[3:]))
 

@@ -9,6 +9,7 @@ The free phase iterates this, in the order of `timm_ep.core.schedule`.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -51,6 +52,12 @@ class FreePhase(NamedTuple):
     drives: list[Drive | None]
     feedbacks: list[Tensor | None]
     moves: list[Tensor | None]
+
+    @classmethod
+    def at(cls, states: Sequence[Tensor], preactivations: list[Tensor], drives: list[Drive | None]) -> "FreePhase":
+        """These, with no product of a layer above and nothing that has moved."""
+        depth = len(preactivations)
+        return cls(states, preactivations, drives, [None] * depth, [None] * depth)
 
     def kept_state(self, layer: int) -> Tensor | None:
         """s_l, or None where it is no more than clip(u_l)."""
@@ -108,7 +115,7 @@ def feedforward_pass(net: Net, x: Tensor, recompute: bool = False, local: bool =
         states.append(state)
         drives.append(drive)
     preactivations = [drive.value for drive in drives if drive]
-    return FreePhase(states, preactivations, drives, [None] * len(states), [None] * len(states))
+    return FreePhase.at(states, preactivations, drives)
 
 
 Store = Literal["all", "last", "none"]
@@ -198,8 +205,7 @@ def free_phase(
     depth, first = len(phase.states), 0
     if settings.start == "zero":
         zeros = [torch.zeros_like(state) for state in phase.states]
-        nothing = [None] * depth
-        phase = FreePhase(zeros, list(zeros), [phase.drives[0], *nothing[1:]], list(nothing), list(nothing))
+        phase = FreePhase.at(zeros, list(zeros), [phase.drives[0], *[None] * (depth - 1)])
         first = 1  # upwards: there is nothing above to come down
     elif settings.feedback == 0:
         return phase  # the feedforward pass is the equilibrium
@@ -249,12 +255,8 @@ def phase_at(net: Net, x: Tensor, states: Sequence[Tensor], feedback: float) -> 
     A synchronous step takes each s_l to clip(u_l). At an equilibrium nothing moves.
     """
     drives = [net.drive(layer, states[layer - 1] if layer else x) for layer in range(len(states))]
-    feedbacks: list[Tensor | None] = [
-        net.feedback(layer, drives[layer].route(states[layer]), states[layer - 1]) for layer in range(1, len(states))
-    ]
-    feedbacks.append(None)
     preactivations = [
-        drive.value if back is None else torch.add(drive.value, back, alpha=feedback)
-        for drive, back in zip(drives, feedbacks, strict=True)
+        torch.add(below.value, net.feedback(layer, above.route(states[layer]), states[layer - 1]), alpha=feedback)
+        for layer, (below, above) in enumerate(pairwise(drives), 1)
     ]
-    return FreePhase(list(states), preactivations, list(drives), feedbacks, [None] * len(states))
+    return FreePhase.at(list(states), [*preactivations, drives[-1].value], list(drives))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from timm_ep.core.energy import Net
 from timm_ep.core.equilibrium import (
+    autocast_dtype,
     averaged,
     contrast,
     layers_needed,
@@ -119,8 +120,8 @@ class _Objective:
         self.loss, self.batch, self.calls = loss, len(x), 0
         self.forced: list[bool] = []  # whether the loss looks at each state, once forces were asked for
         device = x.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        self.autocast = partial(torch.autocast, device, torch.get_autocast_dtype(device)) if casts else nullcontext
+        dtype = autocast_dtype(device)
+        self.autocast = partial(torch.autocast, device, dtype) if dtype else nullcontext
         self.cpu_state, (self.devices, self.device_states) = torch.get_rng_state(), get_device_states(x)
         self.device_type = device if self.devices else "cuda"  # not looked at without devices
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-__all__ = ["PHYSICAL", "PRESETS", "SETTING_NAMES", "HasSettings", "Settings"]
+__all__ = ["PHYSICAL", "PRESETS", "SETTING_NAMES", "Gradient", "HasSettings", "Settings"]
 
+Gradient = Literal["ep", "bptt", "backprop", "local"]
+"""How the gradient is taken, see `Settings`."""
 
 # What makes a device of a net: off at 0.
 PHYSICAL = (
@@ -104,7 +106,7 @@ class Settings:
     start: Literal["feedforward", "zero"] = "feedforward"
     pool: Literal["avg", "max"] = "avg"
     products: Literal["full", "bfloat16", "float16"] = "full"
-    gradient: Literal["ep", "bptt", "backprop", "local"] = "ep"
+    gradient: Gradient = "ep"
     state_noise: float = 0.0
     relative_state_noise: float = 0.0
     drive_noise: float = 0.0

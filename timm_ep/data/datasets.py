@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from timm_ep.data.folders import ClassFolders, ClassTar, passed_over_line
 from timm_ep.data.pictures import Pictures
@@ -283,8 +283,3 @@ def split_off(dataset: Any, share: float, seed: int = 0) -> tuple[Any, Any]:
     parts = train_test_split(np.arange(len(dataset)), test_size=count, random_state=seed, stratify=stratify)
     train, validation = (Subset(dataset, sorted(part.tolist())) for part in parts)
     return train, validation
-
-
-def create_loader(dataset: Any, batch_size: int, workers: int = 0) -> DataLoader[Any]:
-    """Batches (images, labels) in order, for testing; training's are in `timm_ep.data.loader`."""
-    return DataLoader(dataset, batch_size, num_workers=workers)

@@ -2,11 +2,12 @@
 
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch.utils.data import Dataset
 
@@ -30,17 +31,6 @@ IMAGE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
-_TRANSPOSE = Image.Transpose
-_TURNS = {  # by the orientation that a camera wrote into EXIF
-    2: _TRANSPOSE.FLIP_LEFT_RIGHT,
-    3: _TRANSPOSE.ROTATE_180,
-    4: _TRANSPOSE.FLIP_TOP_BOTTOM,
-    5: _TRANSPOSE.TRANSPOSE,
-    6: _TRANSPOSE.ROTATE_270,
-    7: _TRANSPOSE.TRANSVERSE,
-    8: _TRANSPOSE.ROTATE_90,
-}
 
 
 class UnreadableImage(ValueError):
@@ -72,14 +62,15 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
     CMYK and others converted.
 
     Args:
-        image: of any mode.
+        image: of any mode; it is turned itself, once.
         mode: `RGB`, or `L` for grey.
 
     Raises:
         ValueError: pixels of 32 bits, of which nobody knows how bright white is.
     """
     image.load()  # before its orientation is asked for: a TIFF turns itself
-    turn = _TURNS.get(_orientation(image))
+    with suppress(*IMAGE_ERRORS):  # damaged EXIF data are no reason not to show the picture
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would know neither format nor tags
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _scaled(image)
     elif image.mode in ("I", "F"):
@@ -92,15 +83,8 @@ def as_shown(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     shown = image.convert(mode)
-    shown.info = {}  # it is not to be turned again
-    return shown if turn is None else shown.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except IMAGE_ERRORS:  # damaged EXIF data are no reason not to show the picture
-        return None
+    shown.info = {}  # what it says of the file's pixels is not true of these
+    return shown
 
 
 def _scaled(image: Image.Image) -> Image.Image:

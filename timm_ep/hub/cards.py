@@ -9,7 +9,6 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,30 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
+from timm_ep.base.text import duration
 from timm_ep.hub.redaction import redacted
 from timm_ep.hub.repository import CONFIG_NAME, TEXT_LIMIT, read_config, verify_config
+from timm_ep.version import __version__
 
-__all__ = ["CARD_NAME", "CURVES_NAME", "LOG_NAME", "RESULTS_NAME", "TWIN_NAME", "Card", "RunFacts", "render_card"]
+__all__ = [
+    "CARD_NAME",
+    "CURVES_NAME",
+    "LAYERS_NAME",
+    "LOG_NAME",
+    "RESULTS_NAME",
+    "SETTLING_NAME",
+    "TWIN_NAME",
+    "Card",
+    "RunFacts",
+    "render_card",
+]
 
 CARD_NAME = "README.md"
 RESULTS_NAME = "results.json"
 TWIN_NAME = "twin.json"  # results.json of the backprop twin
 LOG_NAME = "summary.csv"
+LAYERS_NAME = "layers.csv"
+SETTLING_NAME = "settling.csv"
 CURVES_NAME = "curves.png"
 
 _HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -94,8 +108,8 @@ class RunFacts:
     teacher: str | None = None
     started_from: str | None = None
     torch_version: str = field(default_factory=lambda: torch.__version__)
-    timm_version: str = field(default_factory=lambda: version("timm"))
-    timm_ep_version: str = field(default_factory=lambda: version("timm_ep"))
+    timm_version: str = timm.__version__
+    timm_ep_version: str = __version__
     dataset_id: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -199,6 +213,7 @@ def render_card(
         batch_shape=", ".join(map(str, (2, *input_size))),
         settings={key: _escaped(value) for key, value in settings.items()},
         gradient=settings.get("gradient", "ep"),
+        output_settles=config["model_args"].get("readout") == "state",
         facts=facts and _fact_texts(facts),
         twin=twin and _fact_texts(twin),
         curves=CURVES_NAME if CURVES_NAME in files_beside else None,
@@ -208,7 +223,7 @@ def render_card(
 
 
 def _metadata(cfg: dict[str, Any], facts: RunFacts | None, name: str) -> ModelCardData:
-    licence, results = cfg.get("license") or "apache-2.0", []
+    licence, results, dataset_id = cfg.get("license") or "apache-2.0", [], None
     if facts:
         title, dataset_id = _dataset(facts)
         results = [
@@ -224,7 +239,6 @@ def _metadata(cfg: dict[str, Any], facts: RunFacts | None, name: str) -> ModelCa
             for metric, value in (("Top-1 accuracy (%)", facts.top1), ("Top-5 accuracy (%)", facts.top5))
             if value is not None
         ]
-    dataset_id = _dataset(facts)[1] if facts else None
     return ModelCardData(
         library_name="timm",
         license=licence if re.fullmatch(r"[\w.+-]+", licence) else "other",
@@ -239,8 +253,6 @@ def _metadata(cfg: dict[str, Any], facts: RunFacts | None, name: str) -> ModelCa
 
 def _fact_texts(facts: RunFacts) -> dict[str, Any]:
     """The facts as the template shows them, each escaped but the command, which has a fence of its own."""
-    minutes, seconds = divmod(round(facts.train_seconds), 60)
-    hours, rest = divmod(minutes, 60)
     texts = {
         **dataclasses.asdict(facts),
         "dataset": _dataset(facts)[0],
@@ -248,7 +260,7 @@ def _fact_texts(facts: RunFacts) -> dict[str, Any]:
         "n_test": f"{facts.n_test:,}",
         "top1": f"{facts.top1:.2f} %",
         "top5": "–" if facts.top5 is None else f"{facts.top5:.2f} %",
-        "time": f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s",
+        "time": duration(facts.train_seconds),
         "feedback_shares": " ".join(f"{share:.1%}" for share in facts.feedback_shares),
         "couplings": " ".join(f"{coupling:.2f}" for coupling in facts.couplings),
         "feedback_share": "none" if facts.feedback_share is None else f"{facts.feedback_share:.1%}",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from timm_ep.base.figures import new_figure, save_figure
 from timm_ep.base.options import Options
-from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.hub.cards import CURVES_NAME, LAYERS_NAME, LOG_NAME, RESULTS_NAME, SETTLING_NAME, RunFacts
 
 __all__ = ["Plot"]
 
@@ -26,7 +26,7 @@ class Plot(Options):
     """
 
     runs: Path
-    output: Path = Path("curves.png")
+    output: Path = Path(CURVES_NAME)
     kind: Literal["curves", "layers"] = "curves"
 
     def run(self) -> Path:
@@ -35,7 +35,7 @@ class Plot(Options):
         Raises:
             FileNotFoundError: no finished run there, or none with layers.
         """
-        wanted = RESULTS_NAME if self.kind == "curves" else "layers.csv"
+        wanted = RESULTS_NAME if self.kind == "curves" else LAYERS_NAME
         folders = sorted(path.parent for path in self.runs.rglob(wanted))
         if not folders:
             raise FileNotFoundError(f"{self.runs} holds no finished run: no {wanted} in it or below.")
@@ -46,7 +46,7 @@ class Plot(Options):
 
     def _draw_layers(self, folders: list[Path], left: Any, right: Any) -> None:
         for number, folder in enumerate(folders):
-            layers, settling = _read(folder / "layers.csv"), _read(folder / "settling.csv")
+            layers, settling = _read(folder / LAYERS_NAME), _read(folder / SETTLING_NAME)
             for epoch, style in {layers[0]["epoch"]: "--", layers[-1]["epoch"]: "-"}.items():
                 rows = [row for row in layers if row["epoch"] == epoch]
                 nudges = [float(row["scaled_nudge"]) or math.nan for row in rows]
@@ -67,7 +67,7 @@ class Plot(Options):
     def _draw_curves(self, folders: list[Path], left: Any, right: Any) -> None:
         for folder in folders:
             facts = RunFacts.load(folder / RESULTS_NAME)
-            rows = _read(folder / "summary.csv")
+            rows = _read(folder / LOG_NAME)
             epochs = [int(row["epoch"]) for row in rows]
             style = "--" if facts.settings.get("gradient") == "backprop" else "-"
             left.plot(epochs, [float(row["train_loss"]) for row in rows], style)

@@ -30,8 +30,7 @@ def export_program(model: nn.Module, images: Tensor, path: str | Path) -> Callab
     batch = torch.export.Dim("batch", min=1)
     written = BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), written)
-    with replacing(Path(path)) as file:
-        file.write_bytes(written.getbuffer())
+    Path(path).write_bytes(written.getbuffer())
     return torch.export.load(path).module()
 
 
@@ -65,8 +64,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path) -> Callable[
         )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no program.")
-    with replacing(Path(path)) as file:
-        program.save(file, external_data=False)
+    program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 

@@ -43,78 +43,12 @@ from timm_ep.hub.repository import (
 )
 from timm_ep.version import __version__
 
-__all__ = ["Publish", "Pull", "publish", "pull"]
+__all__ = ["Publish", "Pull"]
 
 _TEXTS = (CARD_NAME, RESULTS_NAME, TWIN_NAME, LOG_NAME, CURVES_NAME)
 _ATTEMPTS = 5
 
 T = TypeVar("T")
-
-
-def publish(
-    run: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    twin: str | Path | None = None,
-    dataset_id: str | None = None,
-    license: str | None = None,
-) -> str:
-    """Publish a run or checkpoint in one commit, with the token of `hf auth login` or `HF_TOKEN`.
-
-    The repository is created if need be. If it exists, the commit comes on top of what is there; it must be empty or
-    hold the same architecture, and be private if `private` is asked for. Of an earlier training nothing is left, as
-    its facts would be beside other weights.
-
-    Args:
-        run: see `timm_ep.hub.export.prepare`.
-        repo_id: `user/name`, such as `user/ep_vgg9.cifar10`.
-        private: create it for your eyes only.
-        revision: branch to commit to, made if need be; `main` by default.
-        create_pr: open a pull request instead of committing.
-        twin: see `timm_ep.hub.export.prepare`.
-        dataset_id: see `timm_ep.hub.export.prepare`.
-        license: see `timm_ep.hub.export.prepare`.
-
-    Returns:
-        the address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: see there; a repository id that is none; a pull request to a branch.
-        FileExistsError: the repository holds something else, or is public where a private one is asked for.
-        PermissionError: no token, a wrong one, or one that may not write there.
-        ConnectionError: the Hub cannot be reached, or fails; nothing is published, and a repeat continues.
-    """
-    _check_target(repo_id, revision, create_pr)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "repository"
-        architecture = prepare(run, folder, repo_id, twin, dataset_id, license)
-        with _plain_errors(f"publishing to {repo_id}"):
-            if get_token() is None:
-                raise PermissionError("Publishing needs an access token; log in with `hf auth login` or set HF_TOKEN.")
-            api = HfApi(library_name="timm_ep", library_version=__version__)
-            _patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-            _check_existing(api, repo_id, private, architecture)
-            if revision and revision != "main":
-                _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-            held = _patiently(lambda: api.model_info(repo_id, revision=revision)).siblings or ()
-            new = sorted(folder.iterdir())
-            old = {sibling.rfilename for sibling in held}.intersection(_TEXTS) - {path.name for path in new}
-            done = _patiently(
-                lambda: api.create_commit(
-                    repo_id,
-                    [
-                        *(CommitOperationAdd(path.name, str(path)) for path in new),
-                        *(CommitOperationDelete(name) for name in sorted(old)),
-                    ],
-                    commit_message=f"Add {repo_id.partition('/')[2]}",
-                    revision=revision,
-                    create_pr=create_pr,
-                )
-            )
-    return redacted(str(done.pr_url or done.commit_url))
 
 
 def _check_target(repo_id: str, revision: str | None, create_pr: bool = False) -> None:
@@ -123,6 +57,10 @@ def _check_target(repo_id: str, revision: str | None, create_pr: bool = False) -
         raise ValueError("revision holds an access token; expected a branch, tag or commit.")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"A pull request is to the main branch; drop revision={revision!r} or create_pr.")
+
+
+def _client() -> HfApi:
+    return HfApi(library_name="timm_ep", library_version=__version__)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -153,59 +91,6 @@ def _check_existing(api: HfApi, repo_id: str, private: bool, architecture: str) 
                 held = None if found == architecture else f"the architecture {found!r:.80}"
     if held:
         raise FileExistsError(f"{repo_id} exists and holds {held}; choose another name.")
-
-
-def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Path:
-    """Download a model, check it, and only then put it in place.
-
-    The configuration comes first: it says how large the weights may be. What is not part of a model is left out, and
-    nothing is kept of a repository that is refused, or of a download that breaks.
-
-    Args:
-        repo_id: `user/name`.
-        output: folder to make; `timm.create_model("local-dir:…", pretrained=True)` reads it.
-        revision: branch, tag or commit.
-
-    Returns:
-        `output`.
-
-    Raises:
-        FileExistsError: `output` has something in it.
-        FileNotFoundError: no such repository or revision, none that this token may read, or no safetensors in it.
-        ValueError: a repository that does not pass the checks of `timm_ep.hub.repository`.
-        PermissionError: a wrong token.
-        ConnectionError: the Hub cannot be reached, or fails.
-        OSError: the disk is full, or other failures of writing.
-    """
-    _check_target(repo_id, revision)
-    with creating(output) as folder, _plain_errors(f"pulling {repo_id}"):
-        api = HfApi(library_name="timm_ep", library_version=__version__)
-        info = _patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
-        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
-        if strange := [name for name in sizes if not _is_inside(name)]:
-            raise ValueError(f"{repo_id} has files that would leave its folder, such as {strange[0]!r:.80}; refused.")
-
-        def fetch(name: str, limit: int) -> Path:
-            size = sizes[name]
-            if not isinstance(size, int) or not 0 <= size <= limit:
-                raise ValueError(f"{repo_id}: {name} has {size!r:.80} bytes; expected 0 to {limit:,}.")
-            # Of the one commit that was looked at; nothing enters the cache that other programs load from.
-            return Path(_patiently(lambda: hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)))
-
-        if CONFIG_NAME not in sizes:
-            raise FileNotFoundError(f"{repo_id} has no {CONFIG_NAME}; expected a model that `timm-ep publish` wrote.")
-        model = verify_config(fetch(CONFIG_NAME, TEXT_LIMIT))
-        if WEIGHTS_NAME not in sizes:
-            others = sorted(name for name in sizes if not name.endswith((".md", ".json", ".gitattributes")))
-            raise FileNotFoundError(
-                f"{repo_id} has no {WEIGHTS_NAME}; only safetensors are read, and none of {others!s:.200} is opened."
-            )
-        verify_weights(fetch(WEIGHTS_NAME, weights_limit(model)), model)
-        for name in _TEXTS:
-            if name in sizes:
-                fetch(name, TEXT_LIMIT)
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
-    return Path(output)
 
 
 def _is_inside(name: str) -> bool:
@@ -305,11 +190,14 @@ def _first_line(error: BaseException) -> str:
 class Publish(Options):
     """Publish a run on the Hugging Face Hub: weights (safetensors), configuration, model card, log and curves.
 
-    The access token is that of `hf auth login`, or of the variable HF_TOKEN; it is no option, as options end in logs.
+    One commit holds it all, with the access token of `hf auth login`, or of the variable HF_TOKEN; it is no option, as
+    options end in logs. The repository is created if need be. If it exists, the commit comes on top of what is there;
+    it must be empty or hold the same architecture, and be private if `private` is asked for. Of an earlier training
+    nothing is left, as its facts would be beside other weights.
 
     Args:
         run_or_checkpoint: folder that `timm-ep train` wrote, or a checkpoint beside its config.json.
-        repo_id: user/name of the repository, made if need be.
+        repo_id: user/name of the repository, such as user/ep_vgg9.cifar10; made if need be.
         private: create it for your eyes only.
         revision: branch to commit to, made if need be; main by default.
         create_pr: open a pull request instead of committing.
@@ -333,34 +221,68 @@ class Publish(Options):
     license: str | None = None
 
     def run(self) -> str:
-        """Publish, print and return the address; of a dry run, the folder."""
+        """Publish, print and return the address of the commit or the pull request; of a dry run, the folder.
+
+        Raises:
+            ValueError: see `timm_ep.hub.export.prepare`; a repository id that is none; a pull request to a branch.
+            FileExistsError: the repository holds something else, or is public where a private one is asked for.
+            PermissionError: no token, a wrong one, or one that may not write there.
+            ConnectionError: the Hub cannot be reached, or fails; nothing is published, and a repeat continues.
+        """
+        _check_target(self.repo_id, self.revision, self.create_pr)
         if self.dry_run:
-            _check_target(self.repo_id, self.revision, self.create_pr)
             folder = self.output or Path("hub") / self.repo_id
-            prepare(self.run_or_checkpoint, folder, self.repo_id, self.twin, self.dataset_id, self.license)
+            self._prepare(folder)
             print(f"dry run, nothing uploaded: {folder}")
             return str(folder)
-        address = publish(
-            self.run_or_checkpoint,
-            self.repo_id,
-            private=self.private,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            twin=self.twin,
-            dataset_id=self.dataset_id,
-            license=self.license,
-        )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "repository"
+            architecture = self._prepare(folder)
+            with _plain_errors(f"publishing to {self.repo_id}"):
+                address = self._commit(folder, architecture)
         print(f'published: {address}\ntimm.create_model("hf-hub:{self.repo_id}", pretrained=True)')
         return address
+
+    def _prepare(self, folder: Path) -> str:
+        return prepare(self.run_or_checkpoint, folder, self.repo_id, self.twin, self.dataset_id, self.license)
+
+    def _commit(self, folder: Path, architecture: str) -> str:
+        if get_token() is None:
+            raise PermissionError("Publishing needs an access token; log in with `hf auth login` or set HF_TOKEN.")
+        api, repo_id, revision = _client(), self.repo_id, self.revision
+        _patiently(lambda: api.create_repo(repo_id, private=self.private or None, exist_ok=True))
+        _check_existing(api, repo_id, self.private, architecture)
+        if revision and revision != "main":
+            _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        held = _patiently(lambda: api.model_info(repo_id, revision=revision)).siblings or ()
+        new = sorted(folder.iterdir())
+        old = {sibling.rfilename for sibling in held}.intersection(_TEXTS) - {path.name for path in new}
+        done = _patiently(
+            lambda: api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(path.name, str(path)) for path in new),
+                    *(CommitOperationDelete(name) for name in sorted(old)),
+                ],
+                commit_message=f"Add {repo_id.partition('/')[2]}",
+                revision=revision,
+                create_pr=self.create_pr,
+            )
+        )
+        return redacted(str(done.pr_url or done.commit_url))
 
 
 @dataclass
 class Pull(Options):
-    """Download a model from the Hugging Face Hub, and check it before it is put in place.
+    """Download a model from the Hugging Face Hub, check it, and only then put it in place.
+
+    The configuration comes first: it says how large the weights may be. What is not part of a model is left out, and
+    nothing is kept of a repository that is refused, or of a download that breaks.
 
     Args:
         repo_id: user/name of the repository.
-        output: folder to make; `hub/USER/NAME` by default.
+        output: folder to make, which `timm.create_model("local-dir:…", pretrained=True)` reads; `hub/USER/NAME` by
+            default.
         revision: branch, tag or commit.
     """
 
@@ -369,8 +291,47 @@ class Pull(Options):
     revision: str | None = None
 
     def run(self) -> Path:
-        """Pull, print and return the folder."""
+        """Pull, print and return the folder.
+
+        Raises:
+            FileExistsError: `output` has something in it.
+            FileNotFoundError: no such repository or revision, none that this token may read, or no safetensors in it.
+            ValueError: a repository that does not pass the checks of `timm_ep.hub.repository`.
+            PermissionError: a wrong token.
+            ConnectionError: the Hub cannot be reached, or fails.
+            OSError: the disk is full, or other failures of writing.
+        """
         _check_target(self.repo_id, self.revision)
-        folder = pull(self.repo_id, self.output or Path("hub") / self.repo_id, self.revision)
+        folder = self.output or Path("hub") / self.repo_id
+        with creating(folder) as new, _plain_errors(f"pulling {self.repo_id}"):
+            self._fetch(new)
         print(f'pulled and checked: {folder}\ntimm.create_model("local-dir:{folder}", pretrained=True)')
         return folder
+
+    def _fetch(self, folder: Path) -> None:
+        api, repo_id = _client(), self.repo_id
+        info = _patiently(lambda: api.model_info(repo_id, revision=self.revision, files_metadata=True))
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+        if strange := [name for name in sizes if not _is_inside(name)]:
+            raise ValueError(f"{repo_id} has files that would leave its folder, such as {strange[0]!r:.80}; refused.")
+
+        def fetch(name: str, limit: int) -> Path:
+            size = sizes[name]
+            if not isinstance(size, int) or not 0 <= size <= limit:
+                raise ValueError(f"{repo_id}: {name} has {size!r:.80} bytes; expected 0 to {limit:,}.")
+            # Of the one commit that was looked at; nothing enters the cache that other programs load from.
+            return Path(_patiently(lambda: hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)))
+
+        if CONFIG_NAME not in sizes:
+            raise FileNotFoundError(f"{repo_id} has no {CONFIG_NAME}; expected a model that `timm-ep publish` wrote.")
+        model = verify_config(fetch(CONFIG_NAME, TEXT_LIMIT))
+        if WEIGHTS_NAME not in sizes:
+            others = sorted(name for name in sizes if not name.endswith((".md", ".json", ".gitattributes")))
+            raise FileNotFoundError(
+                f"{repo_id} has no {WEIGHTS_NAME}; only safetensors are read, and none of {others!s:.200} is opened."
+            )
+        verify_weights(fetch(WEIGHTS_NAME, weights_limit(model)), model)
+        for name in _TEXTS:
+            if name in sizes:
+                fetch(name, TEXT_LIMIT)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 from timm.layers import ClassifierHead
+from timm.models import register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from timm_ep.core.energy import Coupling, Net, fold_average_pool
@@ -282,10 +282,10 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
                 f"live_loss is EP, but the model has gradient={self.settings.gradient!r}; take the loss of "
                 "model.equilibrium(x) instead."
             )
-        replace(self.settings, forces="live")  # raises what live forces cannot do
+        settings = replace(self.settings, forces="live")  # raises what live forces cannot do
         own = () if self._output_settles else self.head.parameters()  # inside the dynamics it is a coupling
         unique = {id(parameter): parameter for parameter in (*own, *parameters)}
-        return live_loss(self._net_for(x), x, self.settings, loss, list(unique.values()))
+        return live_loss(self._net_for(x), x, settings, loss, list(unique.values()))
 
     def _net_for(self, x: Tensor) -> Net:
         """The net for these images, which are checked."""

@@ -9,7 +9,7 @@ The functions that timm registers differ by a row of the table alone, so they ar
 
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,39 +20,60 @@ from timm_ep.models.architecture import feature_layers, read_architecture
 from timm_ep.models.crnn import EpVgg
 from timm_ep.models.weights import checkpoint_filter_fn
 
-# Output channels of each convolution; "M" pools the state of the convolution before it.
-_ARCHITECTURES: dict[str, tuple[int | str, ...]] = {
-    "vgg5": (128, "M", 256, "M", 512, "M", 512, "M"),
-    "vgg7": (64, "M", 64, 256, "M", 256, 256, "M", 256, "M"),
-    "vgg8": (32, 64, "M", 128, 128, "M", 256, 256, "M", 512, "M"),
-    "vgg9": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M"),
-    "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
-    "vgg19": (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
-}
 
-_DESCRIPTIONS = {
-    "vgg5": "4 convolutions, 128 to 512 channels: the net of the EP literature",
-    "vgg7": "6 convolutions, 64 to 256 channels, wide at low resolution: learns small images fastest",
-    "vgg8": "7 convolutions, 32 to 512 channels, two at each resolution: for small images",
-    "vgg9": "8 convolutions, 64 to 512 channels",
-    "vgg11": "VGG-A: 8 convolutions, 64 to 512 channels",
-    "vgg13": "VGG-B: 10 convolutions, 64 to 512 channels",
-    "vgg16": "VGG-D: 13 convolutions, 64 to 512 channels",
-    "vgg19": "VGG-E: 16 convolutions, 64 to 512 channels",
-}
+class _Net(NamedTuple):
+    """A row of the table.
 
-# λ: weaker where more layers multiply the loop gain. See "What λ does" in `scripts/README.md`.
-_FEEDBACK = {
-    "vgg5": 0.02,
-    "vgg7": 0.02,
-    "vgg8": 0.02,
-    "vgg9": 0.02,
-    "vgg11": 0.01,
-    "vgg13": 0.01,
-    "vgg16": 0.01,
-    "vgg19": 0.01,
+    Attributes:
+        description: of its entrypoint.
+        feedback: λ, weaker where more layers multiply the loop gain: see "What λ does" in `scripts/README.md`.
+        channels: out of each convolution; "M" pools the state of the convolution before it.
+    """
+
+    description: str
+    feedback: float
+    channels: tuple[int | str, ...]
+
+
+_NETS = {
+    "vgg5": _Net(
+        "4 convolutions, 128 to 512 channels: the net of the EP literature",
+        0.02,
+        (128, "M", 256, "M", 512, "M", 512, "M"),
+    ),
+    "vgg7": _Net(
+        "6 convolutions, 64 to 256 channels, wide at low resolution: learns small images fastest",
+        0.02,
+        (64, "M", 64, 256, "M", 256, 256, "M", 256, "M"),
+    ),
+    "vgg8": _Net(
+        "7 convolutions, 32 to 512 channels, two at each resolution: for small images",
+        0.02,
+        (32, 64, "M", 128, 128, "M", 256, 256, "M", 512, "M"),
+    ),
+    "vgg9": _Net(
+        "8 convolutions, 64 to 512 channels", 0.02, (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M")
+    ),
+    "vgg11": _Net(
+        "VGG-A: 8 convolutions, 64 to 512 channels",
+        0.01,
+        (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    ),
+    "vgg13": _Net(
+        "VGG-B: 10 convolutions, 64 to 512 channels",
+        0.01,
+        (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    ),
+    "vgg16": _Net(
+        "VGG-D: 13 convolutions, 64 to 512 channels",
+        0.01,
+        (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+    ),
+    "vgg19": _Net(
+        "VGG-E: 16 convolutions, 64 to 512 channels",
+        0.01,
+        (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
+    ),
 }
 
 
@@ -178,8 +199,9 @@ def _check_weights(variant: str, kwargs: dict[str, Any]) -> None:
 
 def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
     """Register the net `base`, or one with so many percent of its channels."""
+    net = _NETS[base]
     variant = f"ep_{base}" if percent == 100 else f"ep_{base}_{percent:03d}"
-    scaled = tuple(item if isinstance(item, str) else item * percent // 100 for item in _ARCHITECTURES[base])
+    scaled = tuple(item if isinstance(item, str) else item * percent // 100 for item in net.channels)
 
     def create(pretrained: bool = False, **kwargs: Any) -> EpVgg:
         if pretrained:
@@ -194,7 +216,7 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
         released = _RELEASES.get(f"{variant}.{tag}")
         kwargs = {"architecture": scaled, **(released.settings if released else {}), **kwargs}
         if kwargs.get("preset", "fast") == "fast":
-            kwargs.setdefault("feedback", _FEEDBACK[base])
+            kwargs.setdefault("feedback", net.feedback)
         features = feature_layers(read_architecture(kwargs["architecture"], kwargs.get("in_chans", 3)))
         return build_model_with_cfg(
             EpVgg,
@@ -206,7 +228,7 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
         )
 
     create.__name__ = create.__qualname__ = variant
-    create.__doc__ = f"{_DESCRIPTIONS[base]}{'' if percent == 100 else f'; {percent} % of the channels'}."
+    create.__doc__ = f"{net.description}{'' if percent == 100 else f'; {percent} % of the channels'}."
     return register_model(create)
 
 

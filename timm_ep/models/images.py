@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_ep.core.equilibrium import autocast_dtype
 from timm_ep.core.recording import recording, transformed
 
 __all__ = ["check_images"]
@@ -36,10 +37,10 @@ def check_images(model: Any, x: Tensor) -> None:
         )
     if not x.is_floating_point():
         raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")
-    dtype, casts = model.layers[0].weight.dtype, x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    if x.dtype != dtype and not casts:
+    dtype, cast = model.layers[0].weight.dtype, autocast_dtype(x.device.type)
+    if x.dtype != dtype and not cast:
         raise TypeError(f"The images have dtype {x.dtype} and the model {dtype}; convert one, or use autocast.")
-    _check_range(model, torch.get_autocast_dtype(x.device.type) if casts else dtype)
+    _check_range(model, cast or dtype)
     if x.dim() != 4 or x.shape[1] != model.in_chans:
         raise ValueError(
             f"The images have shape {tuple(x.shape)}; expected (batch, {model.in_chans}, height, width). "

@@ -38,7 +38,7 @@ class MeasuresSettling:
         return coupling_norms(self.net(size), size, self.settings.feedback)
 
     def cap_couplings(self: Any, limit: float, size: tuple[int, int]) -> None:
-        """Scale the kernels of layers above the first down until their couplings are at most `limit`.
+        """Scale the kernels of layers above the first down until their couplings are at most `limit`; frozen ones stay.
 
         To be called after an optimizer's step, every now and then: a strongly coupled net is not to train itself out of
         the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
@@ -48,9 +48,10 @@ class MeasuresSettling:
         """
         if not limit > 0:
             raise ValueError(f"limit={limit} would leave no kernel; a coupling is capped at a positive number.")
-        scale = [layer.scale_kernel for layer in self.layers]
+        kernels = [(layer.weight, layer.scale_kernel) for layer in self.layers]
         if self._output_settles:
-            scale.append(self.head.fc.weight.detach().mul_)
-        for scale_kernel, coupling in list(zip(scale, self.couplings(size), strict=True))[1:]:
-            if coupling > limit:
-                scale_kernel(limit / coupling)
+            output = self.head.fc.weight
+            kernels.append((output, output.detach().mul_))
+        for (weight, scale), coupling in list(zip(kernels, self.couplings(size), strict=True))[1:]:
+            if coupling > limit and weight.requires_grad:
+                scale(limit / coupling)

@@ -16,6 +16,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_ep.base.channels import channel_values
+from timm_ep.base.text import same_name
+from timm_ep.models.named import create_named
 
 __all__ = [
     "Teacher",
@@ -73,7 +75,7 @@ class Teacher(nn.Module):
             first = next((part for part in inner.modules() if isinstance(part, nn.Conv2d)), None)
             self.in_chans, own_size = len(mean) if first is None else first.in_channels, []
             config = {"mean": channel_values(mean, self.in_chans), "std": channel_values(std, self.in_chans)}
-        size = (img_size, img_size) if img_size else _only_size(model) or tuple(own_size)
+        size = (img_size, img_size) if img_size else _only_size(inner) or tuple(own_size)
         self.input_size: tuple[int, ...] | None = size or None
         for name, values in (
             ("student_mean", mean),
@@ -201,7 +203,8 @@ def create_teacher(
     if given and model_args:
         raise ValueError(f"model_args={dict(model_args)} are of a model to create; {_title(source)} exists already.")
     model: Any = source if given else load_trained(str(source), checkpoint, img_size, **(model_args or {}))
-    if img_size and (only := _only_size(model)) and only != (img_size, img_size):
+    inner: Any = unwrap_model(model)
+    if img_size and (only := _only_size(inner)) and only != (img_size, img_size):
         if given or not hasattr(model, "set_input_size"):
             raise ValueError(
                 f"The teacher {_title(source)} takes images of {only[0]}×{only[1]} pixels alone, not of img_size="
@@ -209,14 +212,14 @@ def create_teacher(
             )
         model.set_input_size(img_size=(img_size, img_size))
     if classes is not None:
-        count = getattr(model, "num_classes", len(classes))
+        count = getattr(inner, "num_classes", len(classes))
         if count != len(classes):
             raise ValueError(
                 f"The teacher {_title(source)} has {count} classes and the student {len(classes)}: its logits mean "
                 "something else. Distil its features only (--distill-features), or train a teacher on these classes."
             )
-        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-        if names and list(names) != list(classes):
+        names = (getattr(inner, "pretrained_cfg", None) or {}).get("label_names")
+        if names and [*map(same_name, names)] != [*map(same_name, classes)]:
             raise ValueError(
                 f"The teacher {_title(source)} names its classes {list(names)[:5]}… and the student "
                 f"{list(classes)[:5]}…: logits are matched by position, so both need equal classes in the same order."
@@ -254,12 +257,7 @@ def load_trained(
         raise FileNotFoundError(
             f"There is no folder {source}; give that of a run, a name of timm, or hf-hub:OWNER/NAME."
         )
-    try:
-        return timm.create_model(source, pretrained=True, **model_args)
-    except RuntimeError as error:
-        raise ValueError(
-            f"No teacher {source!r}: {error}. Give a name of timm.list_pretrained(), hf-hub:…, or the folder of a run."
-        ) from error
+    return create_named(source, pretrained=True, **model_args)
 
 
 def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Mapping[str, Any]) -> nn.Module:
@@ -302,36 +300,37 @@ def _title(source: str | Path | nn.Module) -> str:
 class TeacherCache:
     """What a teacher said of each image of a data set without augmentation, kept in memory at half precision.
 
+    It is asked of every image once, in their order, at the start: what it says then does not depend on where a run
+    began.
+
     Args:
-        teacher: asked once for each image.
-        count: images of the data set.
+        teacher: to ask.
+        batches: the images of the data set, (B, C, H, W), in order.
+        count: how many they are.
+
+    Raises:
+        MemoryError: the answers are too many to keep.
     """
 
-    def __init__(self, teacher: Teacher | TeacherEnsemble, count: int) -> None:
-        self.teacher, self.count = teacher, count
-        self.known = torch.zeros(count, dtype=torch.bool)
+    def __init__(self, teacher: Teacher | TeacherEnsemble, batches: Iterable[Tensor], count: int) -> None:
         self.rows: list[Tensor] = []
-
-    def __call__(self, images: Tensor, indices: Tensor) -> TeacherOutput:
-        """The teacher's answer to `images`, (B, C, H, W), which are numbers `indices`, (B,), of the data set.
-
-        Raises:
-            MemoryError: the data set's answers are too many to keep.
-        """
-        new = ~self.known[indices]
-        if new.any():
-            answer = self.teacher(images[new.to(images.device)])
+        first = 0
+        for images in batches:
+            answer = teacher(images)
             fresh = [tensor.half().cpu() for tensor in (*answer.features, answer.logits)]
             if not self.rows:
-                size = sum(tensor[0].numel() * 2 for tensor in fresh) * self.count
+                size = sum(tensor[0].numel() * 2 for tensor in fresh) * count
                 if size > _CACHE_LIMIT:
                     raise MemoryError(
-                        f"What the teacher says of {self.count:,} images takes {size / 2**30:.1f} GiB; the limit is "
+                        f"What the teacher says of {count:,} images takes {size / 2**30:.1f} GiB; the limit is "
                         f"{_CACHE_LIMIT / 2**30:.0f} GiB. Turn the cache off (--cache-teacher false)."
                     )
-                self.rows = [tensor.new_empty((self.count, *tensor.shape[1:])) for tensor in fresh]
+                self.rows = [tensor.new_empty((count, *tensor.shape[1:])) for tensor in fresh]
             for row, tensor in zip(self.rows, fresh, strict=True):
-                row[indices[new]] = tensor
-            self.known[indices] = True
-        *features, logits = (row[indices].to(images.device, torch.float32) for row in self.rows)
+                row[first : first + len(tensor)] = tensor
+            first += len(images)
+
+    def __call__(self, indices: Tensor, device: torch.device | str = "cpu") -> TeacherOutput:
+        """The teacher's answer to the images with these numbers, (B,), of the data set."""
+        *features, logits = (row[indices].to(device, torch.float32) for row in self.rows)
         return TeacherOutput(tuple(features), logits)

@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from timm_ep.models import EpVgg
@@ -109,16 +108,12 @@ class Benchmark(Workload):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"checked": 1, "repeats": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        self.at_least(checked=1, repeats=2)
 
     def run(self) -> BenchmarkResult:
         """Print and return all of it."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        machine = Machine.here(self.device)
         model, images, labels = self.make()
+        machine = Machine.here(self.device)
         steps = _training_steps(model, images, labels)
         for name, gradient in _INFERENCE.items():
             steps[name] = inference_step(changed(model, gradient=gradient), images)
@@ -160,7 +155,7 @@ class Benchmark(Workload):
         names = [*_TRAINING, _CLASSIC, *_INFERENCE]
         memory = {}
         for name in names:
-            cost = in_fresh_process(make_step, self.workload, name, device=self.device, threads=self.threads)
+            cost = in_fresh_process(make_step, self.workload, name, device=self.device)
             memory[name] = cost.megabytes
         results = []
         for name in names:
@@ -199,19 +194,17 @@ def _training_steps(model: EpVgg, images: Tensor, labels: Tensor) -> dict[str, S
 
 
 def _text(result: BenchmarkResult) -> str:
-    machine, images = result.machine, f"{result.batch_size} images of {result.img_size}×{result.img_size}"
-    load = "unknown" if machine.load is None else f"{machine.load:.1f}"
+    images = f"{result.batch_size} images of {result.img_size}×{result.img_size}"
     lines = [
         f"{result.model}, {images} ({result.dataset or 'random'}), {result.repeats} rounds",
-        f"{machine.processor}, {machine.threads} threads, torch {machine.torch}, load {load}",
+        str(result.machine),
         "",
         f"{'step':22} {'seconds (quartiles)':>24}  {'ratio':>7}  {'images/s':>8}  {'peak memory':>17}  worst cosine",
     ]
     for row in result.steps:
-        spread = f"{row.seconds.median:.3f} ({row.seconds.low:.3f} to {row.seconds.high:.3f})"
         cosine = "-" if row.cosine is None else f"{row.cosine:.4f}"
         lines.append(
-            f"{row.name:22} {spread:>24}  {row.ratio:6.2f}×  {row.images_per_second:8.1f}  "
+            f"{row.name:22} {row.seconds!s:>24}  {row.ratio:6.2f}×  {row.images_per_second:8.1f}  "
             f"{row.megabytes:7.1f} MB {row.memory_ratio:5.2f}×  {cosine:>12}"
         )
     lines += [

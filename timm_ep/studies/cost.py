@@ -71,7 +71,7 @@ class Cost(Workload):
 
     def _measure(self, gradient: str, sweeps: int) -> SweepCost:
         settings = {"gradient": gradient, "free_sweeps": sweeps, "nudged_sweeps": max(sweeps, 1), "tol": 0.0}
-        cost = in_fresh_process(make_training_step, self.workload, settings, device=self.device, threads=self.threads)
+        cost = in_fresh_process(make_training_step, self.workload, settings, device=self.device)
         return SweepCost(gradient, sweeps, cost.megabytes, cost.seconds)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ep.base.figures import add_layer_bar, layer_color, new_figure, save_figure
-from timm_ep.base.options import Options
 from timm_ep.core.settings import SETTING_NAMES
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
 from timm_ep.models import EpVgg
@@ -149,17 +148,13 @@ class Report:
 
 
 @dataclass
-class Gradcheck(Options):
+class Gradcheck(Workload):
     """Print how a model settles and how its gradient compares with the exact one at the equilibrium, layer by layer.
 
     Args:
         model: name of an `ep_vgg*`, at its default init or with the weights of its tag; or the folder of a run.
         dataset: as in training; test images are used. By default that of the run; digits for a name.
         data_dir: where the images are, if they are not embedded or no longer where the run had them.
-        model_args: further arguments of the model; of a run, only settings can be changed.
-        batch_size: images.
-        img_size: side of the images in pixels; by default the model's.
-        seed: of the init, and of the signs of `nudging: random-sign`.
         over: check once for each of the values `at`: a setting, such as `beta`, `free_sweeps`, `nudged_sweeps` or
             `feedback`, or `gradient` to compare others than EP; or `model`, for nets of other depth or other runs (the
             option `model` then serves as the first).
@@ -172,13 +167,7 @@ class Gradcheck(Options):
         json: print JSON and nothing else.
     """
 
-    model: str
-    dataset: str | None = None
-    data_dir: Path | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 64
-    img_size: int | None = None
-    seed: int = 0
+    model: str = field()  # to be named
     over: str | None = None
     at: list[int | float | str] = field(default_factory=list)
     local_error: float = 0.0
@@ -193,10 +182,7 @@ class Gradcheck(Options):
             raise ValueError(f"over={self.over!r} is unknown; choose model, {', '.join(SETTING_NAMES)}.")
         if (self.over is None) != (not self.at):
             raise ValueError(f"over={self.over} and at={self.at} belong together: --over beta --at [0.1,0.01].")
-        for name, unit in {"img_size": "pixel", "gdu": "step"}.items():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is too small; give at least 1 {unit}, or leave it out.")
+        self.at_least(gdu=1)
 
     def run(self) -> list[Report]:
         """Print the tables and return what is in them: one report, or one for each value of `over`."""
@@ -222,16 +208,7 @@ class Gradcheck(Options):
         run, facts = Path(name), RunFacts.find(Path(name, RESULTS_NAME))
         chosen = self.dataset, self.data_dir
         dataset, data_dir = images_of(run, facts, *chosen) if run.is_dir() else (chosen[0] or "digits", chosen[1])
-        workload = Workload(
-            name,
-            self.model_args,
-            dataset=dataset,
-            data_dir=data_dir,
-            batch_size=self.batch_size,
-            img_size=self.img_size,
-            seed=self.seed,
-        )
-        model, images, labels = workload.make()
+        model, images, labels = replace(self.workload, model=name, dataset=dataset, data_dir=data_dir).make()
         model = changed(model, **changes).eval()  # the same read-out in every pass, without dropout
         told = facts if not changes and not self.model_args else None  # what was tested is the run as it is
         signal = LocalErrors(model, self.local_error, **self.local_error_args) if self.local_error else None

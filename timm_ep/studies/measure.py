@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -35,6 +34,9 @@ class Quartiles:
     low: float
     median: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def quartiles(seconds: list[float]) -> Quartiles:
@@ -81,9 +83,7 @@ class StepCost(NamedTuple):
     seconds: float
 
 
-def in_fresh_process(
-    make: Callable[..., Step], *args: Any, device: str = "cpu", threads: int | None = None
-) -> StepCost:
+def in_fresh_process(make: Callable[..., Step], *args: Any, device: str = "cpu") -> StepCost:
     """The cost of the step `make(*args)`, made and run in a new process.
 
     Memory that one step has claimed would hide what the next one needs.
@@ -92,15 +92,12 @@ def in_fresh_process(
         make: a function of a module, with arguments that can be pickled.
         *args: its arguments.
         device: where the step runs.
-        threads: of torch; by default its own choice.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_step_cost, make, args, device, threads).result()
+        return pool.submit(_step_cost, make, args, device).result()
 
 
-def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str, threads: int | None) -> StepCost:
-    if threads:
-        torch.set_num_threads(threads)
+def _step_cost(make: Callable[..., Step], args: tuple[Any, ...], device: str) -> StepCost:
     keep_freed_memory(False, override=True)
     step = make(*args)
     _load_code(device)
@@ -141,6 +138,8 @@ def _peak(device: str) -> int:
     if status.exists():  # Linux, where getrusage goes on counting the process from which this one was started
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    import resource  # of Unix alone: what does not measure memory runs elsewhere too
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -164,6 +163,10 @@ class Machine:
     torch: str
     timm_ep: str
     load: float | None
+
+    def __str__(self) -> str:
+        load = "unknown" if self.load is None else f"{self.load:.1f}"
+        return f"{self.processor}, {self.threads} threads, torch {self.torch}, load {load}"
 
     @classmethod
     def here(cls, device: str = "cpu") -> "Machine":

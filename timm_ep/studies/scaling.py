@@ -150,16 +150,13 @@ class Scaling(Workload):
             raise ValueError(f"over={self.over} must be one or more of {', '.join(AXES)}.")
         if not re.fullmatch(r"ep_vgg\d+(_\d+)?", self.model) or "architecture" in self.model_args:
             raise ValueError(f"{self.model} has no known depth and width to vary; give a name such as ep_vgg9_050.")
-        if self.repeats < 2:
-            raise ValueError(f"repeats={self.repeats} is too small; it must be at least 2.")
+        self.at_least(repeats=2)
 
     def run(self) -> ScalingResult:
         """Print and return points and fits."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        machine = Machine.here(self.device)
         workloads = {(axis, value): load for axis in self.over for value, load in self._varied(axis).items()}
         made = {str(key): load.make() for key, load in workloads.items()}
+        machine = Machine.here(self.device)
         steps = {key: training_step(*parts) for key, parts in made.items()}
         times = in_turn(steps, self.repeats, self.device)
         points = []
@@ -171,7 +168,7 @@ class Scaling(Workload):
                 states = sum(state.numel() for state in model.equilibrium(images))
             work = multiply_adds(products)
             x = {"batch_size": len(images), "img_size": images[0, 0].numel(), "sweeps": model.settings.free_sweeps}
-            cost = in_fresh_process(make_training_step, load, {}, device=self.device, threads=self.threads)
+            cost = in_fresh_process(make_training_step, load, {}, device=self.device)
             points.append(
                 Point(
                     axis,
@@ -236,18 +233,16 @@ def fitted(model: str, machine: Machine, points: list[Point]) -> ScalingResult:
 
 
 def _text(result: ScalingResult) -> str:
-    machine, lines = result.machine, []
-    load = "unknown" if machine.load is None else f"{machine.load:.1f}"
-    lines.append(f"{result.model}: a training step over {', '.join(result.seconds)}")
-    lines.append(f"{machine.processor}, {machine.threads} threads, torch {machine.torch}, load {load}")
-    lines += [
+    lines = [
+        f"{result.model}: a training step over {', '.join(result.seconds)}",
+        str(result.machine),
         "",
         f"{'axis':10}  {'value':>12}  {'multiply-adds':>13}  {'seconds (quartiles)':>24}  {'peak memory':>11}",
     ]
     for point in result.points:
-        spread = f"{point.seconds.median:.3f} ({point.seconds.low:.3f} to {point.seconds.high:.3f})"
         lines.append(
-            f"{point.axis:10}  {point.value!s:>8}  {point.multiply_adds:13.3e}  {spread:>24}  {point.megabytes:8.1f} MB"
+            f"{point.axis:10}  {point.value!s:>8}  {point.multiply_adds:13.3e}  {point.seconds!s:>24}  "
+            f"{point.megabytes:8.1f} MB"
         )
     for quantity, fits in {"seconds": result.seconds, "megabytes": result.megabytes}.items():
         lines += ["", f"{quantity} = slope · x + intercept:"]

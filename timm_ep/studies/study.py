@@ -17,7 +17,7 @@ from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
 from timm_ep.base.text import in_order
 from timm_ep.core.settings import SETTING_NAMES, Settings
-from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.hub.cards import LAYERS_NAME, RESULTS_NAME, RunFacts
 from timm_ep.training.options import FREE
 
 __all__ = ["Study"]
@@ -87,14 +87,13 @@ class Study(Options):
             ValueError: runs in one cell of the table that are not seeds of the same training.
         """
         output = self.output or self.runs
-        folders = sorted(
-            path.parent for path in self.runs.rglob(RESULTS_NAME) if (path.parent / "layers.csv").is_file()
-        )
+        folders = sorted(path.parent for path in self.runs.rglob(RESULTS_NAME) if (path.parent / LAYERS_NAME).is_file())
         if not folders:
             raise FileNotFoundError(
-                f"{self.runs} holds no finished run of an ep_vgg*: no {RESULTS_NAME} with a layers.csv in it or below."
+                f"{self.runs} holds no finished run of an ep_vgg*: no {RESULTS_NAME} with a {LAYERS_NAME} in it or "
+                "below."
             )
-        layers = {folder: _read(folder / "layers.csv") for folder in folders}
+        layers = {folder: _read(folder / LAYERS_NAME) for folder in folders}
         facts = [RunFacts.load(folder / RESULTS_NAME) for folder in folders]
         rows = [
             _row(folder, fact, self.runs, layers[folder], self.over)

@@ -9,10 +9,11 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from timm_ep.base.options import Options
 from timm_ep.core.settings import SETTING_NAMES
-from timm_ep.data.datasets import DataSource, create_loader, limit, open_data
+from timm_ep.data.datasets import DataSource, limit, open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.models import EpVgg
 from timm_ep.models.named import check_known, create_named, is_ours
@@ -61,9 +62,7 @@ class Workload(Options):
             check_known(self.model)
             if not is_ours(self.model.partition(".")[0]):
                 raise ValueError(f"{self.model} is no ep_vgg* and no folder of a run: it does not settle.")
-        for name, least in {"batch_size": 1, "img_size": 1, "classes": 2, "threads": 1}.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; it must be at least {least}.")
+        self.at_least(batch_size=1, img_size=1, classes=2, threads=1)
 
     @property
     def workload(self) -> "Workload":
@@ -76,6 +75,8 @@ class Workload(Options):
         Raises:
             ValueError: the run's model does not settle, or the dataset has fewer images than the batch.
         """
+        if self.threads:
+            torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         data = open_data(self.dataset, self.data_dir) if self.dataset else None
         model = self._model(data)
@@ -86,7 +87,7 @@ class Workload(Options):
             if len(data.test) < self.batch_size:
                 raise ValueError(f"{self.dataset} has {len(data.test)} test images; batch_size={self.batch_size}.")
             data.test.transform = run_transform(model, size)
-            images, labels = next(iter(create_loader(limit(data.test, self.batch_size), self.batch_size)))
+            images, labels = next(iter(DataLoader(limit(data.test, self.batch_size), self.batch_size)))
         else:
             images = torch.randn(self.batch_size, model.in_chans, size, size)
             labels = torch.arange(self.batch_size) % max(model.num_classes, 1)

@@ -32,8 +32,8 @@ from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import Teacher, TeacherCache, TeacherEnsemble, create_teacher
-from timm_ep.training.checkpoints import CheckpointStore, unfinished
-from timm_ep.training.distributed import World
+from timm_ep.training.checkpoints import CHECKPOINTS_NAME, CheckpointStore, unfinished
+from timm_ep.training.distributed import World, is_primary
 from timm_ep.training.images import RunImages, plain_loader
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
@@ -108,7 +108,8 @@ def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
     if start["pretrained"] and known and len(known) == len(names) and [*map(same_name, known)] != names:
         # As many classes, but others: timm cannot see that, and would keep the read-out of those.
         model.reset_classifier(len(names))
-        print(f"the read-out is new: the weights know the classes {list(known)[:5]!a}…", file=sys.stderr)
+        if is_primary():
+            print(f"the read-out is new: the weights know the classes {list(known)[:5]!a}…", file=sys.stderr)
     if isinstance(model, EpVgg):
         model.gradient = options.model_args.get("gradient", options.gradient)
     elif options.gradient != "ep":
@@ -132,7 +133,7 @@ def _start(options: TrainingOptions) -> dict[str, Any]:
             "training of this package give the run's folder; save others' tensors by safetensors.torch.save_file."
         )
     if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file() and (path / "checkpoints").is_dir():
+        if not (path / WEIGHTS_NAME).is_file() and (path / CHECKPOINTS_NAME).is_dir():
             raise FileNotFoundError(unfinished(path))
         # timm itself compares the tensors of other models; it must not come to reading a pickle.
         _ = verify(path) if is_ours(architecture) else tensor_shapes(path / WEIGHTS_NAME)
@@ -234,7 +235,8 @@ def create_loop(
         task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
     cache = None
     if options.cache_teacher and task.teacher is not None:
-        cache = _fill_cache(options, task.teacher, images, world)
+        batches = (batch.to(world.device) for batch, _ in plain_loader(options, images.train, images))
+        cache = TeacherCache(task.teacher, batches, len(images.train))
     if options.torchcompile:
         if options.torchcompile not in (backends := torch.compiler.list_backends(exclude_tags=())):
             raise ValueError(f"torchcompile={options.torchcompile!r} is unknown; choose from {', '.join(backends)}.")
@@ -363,17 +365,6 @@ def _create_teacher(options: TrainingOptions, images: RunImages) -> Teacher | Te
         for name in names
     ]
     return teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
-
-
-def _fill_cache(
-    options: TrainingOptions, teacher: Teacher | TeacherEnsemble, images: RunImages, world: World
-) -> TeacherCache:
-    """Ask the teacher of every image, in their order: what it says then does not depend on where a run began."""
-    cache, first = TeacherCache(teacher, len(images.train)), 0
-    for batch, _ in plain_loader(options, images.train, images):
-        cache(batch.to(world.device), torch.arange(first, first + len(batch)))
-        first += len(batch)
-    return cache
 
 
 def _probe(options: TrainingOptions, images: RunImages) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,9 @@ import torch
 from timm_ep.base.files import replacing
 from timm_ep.training.options import ARGS_NAME
 
-__all__ = ["CheckpointStore", "Newest", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
+__all__ = ["CHECKPOINTS_NAME", "CheckpointStore", "Newest", "UnusableCheckpoint", "load_checkpoint", "unfinished"]
 
+CHECKPOINTS_NAME = "checkpoints"  # folder of a run
 FORMAT = "timm_ep training checkpoint 1"
 
 
@@ -106,7 +107,7 @@ class CheckpointStore:
 
         It may be another than the state knows of. A kill may have come between the two files: then the state is itself
         the best, and is written again. Or the newest was damaged: then `best.pt` is of an epoch to come, and stands.
-        Where it cannot be read, what the state says.
+        Where it cannot be read, none is the best: that of the epochs to come is, and the last without any.
         """
         progress = state["progress"]
         if not progress["best_epoch"]:
@@ -119,7 +120,7 @@ class CheckpointStore:
         if is_best and (found is None or found["best_epoch"] < progress["best_epoch"]):
             self._write({"format": FORMAT, **state}, self.best)
             return progress
-        return found or progress
+        return found or {**progress, "best_epoch": 0, "best": (0.0, float("inf"))}
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""

@@ -13,11 +13,12 @@ import torch
 from timm.data import resolve_data_config
 from timm.models.vgg import VGG
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from timm_ep.base.channels import channel_values
 from timm_ep.base.files import creating
 from timm_ep.base.options import Options
-from timm_ep.data.datasets import create_loader, limit, open_data
+from timm_ep.data.datasets import limit, open_data
 from timm_ep.data.transforms import image_transform
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
@@ -132,7 +133,7 @@ class Convert(Options):
         model: Any = create_named(name, num_classes=len(data.classes), in_chans=source.in_chans, **args)
         convert(source, model.eval())
         data.train.transform = image_transform(size, mean, std)
-        batch, _ = next(iter(create_loader(limit(data.train, self.images), self.images)))
+        batch, _ = next(iter(DataLoader(limit(data.train, self.images), self.images)))
         calibrate(model, batch, self.quantile)
         with creating(self.output) as folder:
             save(folder, model, data.classes, size, mean, std)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from timm_ep.core.coupling import coupling_norms, feedback_shares
-from timm_ep.core.energy import Drive
 from timm_ep.core.equilibrium import normalised_forces
 from timm_ep.core.free_phase import free_phase
 from timm_ep.core.nudged_phase import force_gains, nudged_phase
@@ -107,11 +106,9 @@ def diagnose(task: EpTask, images: Tensor, target: Tensor) -> Diagnosis:
     grads = torch.autograd.grad(task.losses(states, target, taught)["loss"], states, allow_unused=True)
     forces, _ = normalised_forces(grads)
     with torch.no_grad():
-        # Under max pooling the nudged phase asks for the drives at the equilibrium.
-        drives: list[Drive | None] = [
-            net.drive(layer, below) for layer, below in enumerate([images, *free.states[:-1]])
-        ]
-        free = free._replace(drives=drives)
+        for layer, coupling in enumerate(net.couplings):
+            if coupling.max_pool:  # of which the nudged phase asks for the winners at the equilibrium
+                free.newest_drive(net, layer)
         nudged = nudged_phase(net, free, forces, settings, settings.beta, trace=_Recorder("nudged", settling))
         couplings = coupling_norms(net, (images.shape[-2], images.shape[-1]), settings.feedback)
         shares = feedback_shares(net, images, free.states)

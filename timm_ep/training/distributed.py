@@ -11,7 +11,7 @@ import torch
 from timm.utils.distributed import init_distributed_device_so
 from torch import distributed
 
-__all__ = ["World", "available", "join_world"]
+__all__ = ["World", "available", "is_primary", "join_world"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class World:
         for each in self.gather(error):
             if each is not None:
                 raise each
+
+
+def is_primary() -> bool:
+    """Whether this is the process that prints and writes, where no `World` is at hand."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def available(device: str) -> torch.device:

@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
 from timm_ep.base.text import same_name
-from timm_ep.data.datasets import create_loader, open_data
+from timm_ep.data.datasets import DataSource, open_data
 from timm_ep.data.loader import seed_everything
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RESULTS_NAME, RunFacts
@@ -22,7 +23,7 @@ from timm_ep.hub.repository import WEIGHTS_NAME, load, named_architecture
 from timm_ep.models import EpVgg
 from timm_ep.models.named import set_sweeps
 from timm_ep.signals.losses import readout_criterion
-from timm_ep.training.checkpoints import unfinished
+from timm_ep.training.checkpoints import CHECKPOINTS_NAME, unfinished
 from timm_ep.training.distributed import available
 from timm_ep.training.options import ARGS_NAME
 
@@ -89,7 +90,7 @@ def load_run(run: str | Path, device: str = "cpu", sweeps: int | None = None) ->
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} does not exist; expected the folder of a run, or of a model that was pulled.")
-    if not (run / WEIGHTS_NAME).exists() and (run / "checkpoints").is_dir():
+    if not (run / WEIGHTS_NAME).exists() and (run / CHECKPOINTS_NAME).is_dir():
         raise FileNotFoundError(unfinished(run))
     facts = RunFacts.find(run / RESULTS_NAME)
     model = load(run, facts.architecture if facts else named_architecture(run)).to(available(device))
@@ -137,15 +138,15 @@ class Validate(Options):
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
         names = label_names(model)
         data = open_data(*images_of(self.run_folder, facts, self.dataset, self.data_dir), names)
-        for note in data.notes:
-            print(f"warning: {note}", file=sys.stderr)
+        tell_notes(data)
         if list(data.classes) != names:
             raise ValueError(
                 f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
             )
         data.test.transform = run_transform(model)
         seed_everything("test", 0)  # for a net with the noise of a device: the same answer each time
-        result = evaluate(model, create_loader(data.test, self.batch_size, self.workers), self.device)
+        loader = DataLoader(data.test, self.batch_size, num_workers=self.workers)
+        result = evaluate(model, loader, self.device)
         architecture = str(cast(Any, model).pretrained_cfg["architecture"])
         if self.output is not None:
             with replacing(self.output) as temporary:
@@ -159,6 +160,12 @@ def label_names(model: Any) -> list[str]:
     """The names of a model's classes; their numbers where it has none."""
     names = model.pretrained_cfg.get("label_names")
     return [same_name(name) for name in names] if names else [str(index) for index in range(model.num_classes)]
+
+
+def tell_notes(data: DataSource) -> None:
+    """Print what the user should know of the images before they are looked at."""
+    for note in data.notes:
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def images_of(

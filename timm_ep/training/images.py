@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from timm_ep.data.damaged import damaged_images, without_images
-from timm_ep.data.datasets import DataSource, create_loader, labels_of, open_data
+from timm_ep.data.datasets import DataSource, labels_of, open_data
 from timm_ep.data.pictures import UnreadableImage
 from timm_ep.data.transforms import image_transform
 from timm_ep.training.distributed import World
 from timm_ep.training.options import TrainingOptions
 
-__all__ = ["RunImages", "open_source", "plain_loader"]
+__all__ = ["BAD_IMAGES_NAME", "RunImages", "open_source", "plain_loader"]
+
+BAD_IMAGES_NAME = "bad_images.txt"
 
 
 class RunImages(NamedTuple):
@@ -87,7 +89,7 @@ def plain_loader(
     if world is not None and shared:
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
-    loader = create_loader(samples, options.batch_size, options.workers)
+    loader = DataLoader(samples, options.batch_size, num_workers=options.workers)
     return _Together(loader, world) if world is not None and shared else loader
 
 
@@ -108,7 +110,7 @@ class _Together:
 
 
 @dataclass(frozen=True)
-class _Transformed:
+class _Transformed(Dataset[tuple[torch.Tensor, int]]):
     """A dataset's (PIL image, label) with the image as a tensor."""
 
     dataset: Any

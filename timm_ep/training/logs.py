@@ -10,8 +10,10 @@ from typing import Any
 from tqdm.auto import tqdm  # in a notebook, its own kind of bar
 
 from timm_ep.base.files import replacing
+from timm_ep.base.text import duration
+from timm_ep.hub.cards import LAYERS_NAME, LOG_NAME
 
-__all__ = ["Pulse", "RunLog", "duration"]
+__all__ = ["Pulse", "RunLog"]
 
 _LINE_INTERVAL = 60.0  # seconds between lines where there is no terminal to redraw
 
@@ -134,7 +136,7 @@ class RunLog:
 
     def write_layers(self, rows: list[dict[str, Any]]) -> None:
         """Write layers.csv, and the rows of the last epoch as events: a curve for each quantity and layer."""
-        self.write(rows, "layers")
+        self.write(rows, LAYERS_NAME)
         if self.events is not None and rows:
             epoch = rows[-1]["epoch"]
             for row in rows:
@@ -144,11 +146,11 @@ class RunLog:
                             self.events.add_scalar(f"{name}/layer_{row['layer']:02d}", value, epoch)
             self.events.flush()
 
-    def write(self, rows: list[dict[str, Any]], name: str = "summary") -> None:
-        """Write a table of the run as `name`.csv."""
+    def write(self, rows: list[dict[str, Any]], name: str = LOG_NAME) -> None:
+        """Write a table of the run under this name."""
         if self.primary and rows:
             names = dict.fromkeys(name for row in rows for name in row)
-            with replacing(self.folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
+            with replacing(self.folder / name) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(names), restval="")
                 writer.writeheader()
                 writer.writerows(rows)
@@ -158,13 +160,3 @@ class RunLog:
         for each in (self.bar, self.events):
             if each is not None:
                 each.close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 42 s, 3 min 5 s, 2 h 7 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

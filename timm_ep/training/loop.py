@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from timm_ep.data.loader import EpochOrder, seed_everything
 from timm_ep.data.pictures import UnreadableImage
+from timm_ep.hub.cards import SETTLING_NAME
 from timm_ep.models import EpVgg
 from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import TeacherCache
@@ -92,7 +93,7 @@ class TrainingLoop:
         mixup: of timm; None for none.
         cache: the teacher's answers; None to ask it at each batch.
         identity: what else must be equal when a run goes on, written into checkpoints.
-        probe: images and labels, always the same, on which every layer is measured after each epoch; None for none.
+        probe: images and labels, always the same, on which every layer is measured after each epoch.
         optimizer_precision: the context of the optimizer's steps.
         progress: where the training is.
     """
@@ -107,11 +108,11 @@ class TrainingLoop:
     world: World
     store: CheckpointStore
     log: RunLog
-    mixup: Mixup | None = None
-    cache: TeacherCache | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    probe: tuple[Tensor, Tensor] | None = None
-    optimizer_precision: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    mixup: Mixup | None
+    cache: TeacherCache | None
+    identity: dict[str, Any]
+    probe: tuple[Tensor, Tensor]
+    optimizer_precision: AbstractContextManager[Any]
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -151,6 +152,8 @@ class TrainingLoop:
         self.scaler.load_state_dict(state["amp_scaler"])
         self.progress = Progress.of(state["progress"])
         known = self.world.from_primary(self.store.repair_best(state) if self.world.primary else None)
+        if self.progress.best_epoch and not known["best_epoch"]:
+            self.log.warn(f"{self.store.best} cannot be read: the best is chosen anew, among the epochs to come.")
         self.progress.best_epoch, self.progress.best = known["best_epoch"], known["best"]
 
     def run(self) -> None:
@@ -171,8 +174,8 @@ class TrainingLoop:
                 raise self._stopped(15 if terminated else 2)
 
     def _exhausted(self) -> bool:
-        patience = self.options.patience
-        return bool(patience) and self.progress.epoch - self.progress.best_epoch >= patience
+        patience, best = self.options.patience, self.progress.best_epoch
+        return patience > 0 and best > 0 and self.progress.epoch - best >= patience
 
     def _train_epoch(self, request: Any) -> None:
         progress, accumulate = self.progress, self.options.grad_accum_steps
@@ -204,7 +207,7 @@ class TrainingLoop:
         try:
             return [next(batches) for _ in range(count)]
         except UnreadableImage as error:
-            if self.world.size == 1 or self.probe is None:
+            if self.world.size == 1:
                 raise
             self._unreadable = error
             images = torch.zeros_like(self.probe[0])
@@ -231,10 +234,11 @@ class TrainingLoop:
             correct += (output.argmax(1) == labels).sum()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.task.get_clip_parameters() if p.grad is not None]
-        # Loss scaling meets infinite gradients as a matter of course, and leaves such an update out by itself.
+        # Loss scaling meets infinite gradients as a matter of course, and leaves such an update out by itself: as long
+        # as it can scale less, which is 1 where there is none.
         # The largest entry tells as well as the 2-norm does, whose squares would overflow first.
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-        finite = torch.isfinite(largest) | self.scaler.is_enabled()
+        finite = torch.isfinite(largest) | (self.scaler.get_scale() > 1)
         guard = progress.guard
         if self.updates % options.residual_interval == 0 or guard.in_a_row:
             guard.measure(self.task.model, images)
@@ -282,7 +286,7 @@ class TrainingLoop:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not off or self.progress.epoch < off
             images, target = self.mixup(images, labels)
-        taught = None if self.cache is None else self.cache(images, indices)
+        taught = None if self.cache is None else self.cache(indices, images.device)
         with nullcontext() if last else self.task.no_sync():
             with self.autocast():
                 result = self.task(images, target, taught)
@@ -337,7 +341,7 @@ class TrainingLoop:
         progress.epoch_seconds = progress.loss_sum = progress.correct = progress.seen = 0.0
         self.log.end_epoch(progress.rows)
         self.log.write_layers(progress.layers)
-        self.log.write(progress.settling, "settling")
+        self.log.write(progress.settling, SETTLING_NAME)
         self._save(best)
 
     def _diagnose(self) -> None:

@@ -12,6 +12,8 @@ import yaml
 
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
+from timm_ep.core.settings import Gradient
+from timm_ep.data.transforms import Augment
 
 __all__ = ["ARGS_NAME", "FREE", "TrainingOptions"]
 
@@ -161,7 +163,7 @@ class TrainingOptions(Options):
     mean: list[float] | None = None
     std: list[float] | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    gradient: Literal["ep", "bptt", "backprop", "local"] = "ep"
+    gradient: Gradient = "ep"
     local_error: float = 0.0
     local_error_args: dict[str, Any] = field(default_factory=dict)
     teacher: list[str] | str | None = None
@@ -195,7 +197,7 @@ class TrainingOptions(Options):
     mixup_switch_prob: float = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     mixup_off_epoch: int = 0
-    augment: Literal["none", "crop", "flip-crop", "rrc"] = "none"
+    augment: Augment = "none"
     hflip: float | None = None
     vflip: float = 0.0
     color_jitter: float | None = None
@@ -224,10 +226,7 @@ class TrainingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name}={value} is too small; it must be at least {least}.")
+        self.at_least(**_LEAST)
         if min([*self.layer_lr, *(self.std or [1])]) <= 0:
             raise ValueError(f"layer_lr={self.layer_lr} and std={self.std} must hold positive numbers only.")
         for name in ("val_split", "smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
@@ -321,7 +320,8 @@ class TrainingOptions(Options):
 
     def plain(self) -> dict[str, Any]:
         """The options as numbers, strings, lists and dicts."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def save(self, path: Path) -> None:
         """Write them as YAML, for `--config`; the switches for this one start of the run are left out."""
@@ -329,14 +329,14 @@ class TrainingOptions(Options):
         with replacing(path) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
-    def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """The options that change what is computed and differ from those of an earlier start, as `name: old → new`."""
-        defaults = TrainingOptions().plain()
-        return [
-            f"{name}: {earlier.get(name, defaults[name])} → {value}"
+    def differences(self, earlier: dict[str, Any]) -> dict[str, str]:
+        """The options that change what is computed and differ from those of an earlier start, as `old → new`."""
+        known = {**TrainingOptions().plain(), **earlier}
+        return {
+            name: f"{known[name]} → {value}"
             for name, value in self.plain().items()
-            if name not in FREE and value != earlier.get(name, defaults[name])
-        ]
+            if name not in FREE and value != known[name]
+        }
 
 
 _LEAST = {
@@ -360,11 +360,3 @@ _LEAST = {
     "seed": 0,
     "workers": 0,
 }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

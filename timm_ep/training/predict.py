@@ -20,7 +20,7 @@ from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RunFacts
-from timm_ep.training.evaluate import images_of, label_names, load_run
+from timm_ep.training.evaluate import images_of, label_names, load_run, tell_notes
 
 Answer = list[tuple[str, float]]
 
@@ -71,7 +71,7 @@ class Predict(Options):
         transform, names = run_transform(model), label_names(model)
         answers: list[Answer] = []
         unreadable: list[str] = []
-        opened = self._open(facts, unreadable)
+        opened = self._open(facts, names, unreadable)
         with ExitStack() as stack:
             writer = None
             while batch := list(islice(opened, self.batch_size)):
@@ -97,9 +97,12 @@ class Predict(Options):
             sys.exit(1)
         return answers
 
-    def _open(self, facts: RunFacts | None, unreadable: list[str]) -> Iterator[tuple[str, Image.Image]]:
+    def _open(
+        self, facts: RunFacts | None, names: list[str], unreadable: list[str]
+    ) -> Iterator[tuple[str, Image.Image]]:
         if self.images is None:
-            data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir))
+            data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir), names)
+            tell_notes(data)
             for index in range(min(5, len(data.test))):
                 image, label = data.test[index]
                 yield f"test image {index} (a {data.classes[label]})", image
@@ -109,12 +112,12 @@ class Predict(Options):
         files = [self.images]
         if self.images.is_dir():
             passed_over: Counter[str] = Counter()
-            names = [name for name in files_below(self.images, passed_over) if is_picture(name, passed_over)]
+            found = [name for name in files_below(self.images, passed_over) if is_picture(name, passed_over)]
             for line in passed_over_line(self.images, passed_over):
                 print(f"warning: {line}", file=sys.stderr)
-            if not names:
+            if not found:
                 raise FileNotFoundError(f"{self.images} holds no file with the suffix of an image.")
-            files = sorted(self.images / name for name in names)
+            files = sorted(self.images / name for name in found)
         for path in files:
             try:
                 image = open_picture(path)

@@ -4,17 +4,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from timm_ep.hub.cards import CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME
+from timm_ep.base.files import remove_unfinished
+from timm_ep.hub.cards import CURVES_NAME, LAYERS_NAME, LOG_NAME, RESULTS_NAME, SETTLING_NAME, TWIN_NAME
 from timm_ep.hub.export import clean
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
 from timm_ep.training.checkpoints import CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
 from timm_ep.training.distributed import World
+from timm_ep.training.images import BAD_IMAGES_NAME
 from timm_ep.training.options import ARGS_NAME, TrainingOptions
 
 __all__ = ["check_resumed", "discard", "earlier_state"]
 
-# What a run writes besides its options, checkpoints, weights and results.
-_WRITTEN = (CONFIG_NAME, LOG_NAME, CURVES_NAME, "layers.csv", "settling.csv", "bad_images.txt")
+# What a run writes besides its options and checkpoints, and of that what tells that there is one.
+_WRITTEN = (CONFIG_NAME, LOG_NAME, CURVES_NAME, LAYERS_NAME, SETTLING_NAME, BAD_IMAGES_NAME)
+_READ = (RESULTS_NAME, TWIN_NAME, WEIGHTS_NAME)
 
 
 def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore) -> dict[str, Any]:
@@ -28,6 +31,8 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
     if world.primary:
         store.clean()
         clean(options.output)
+        for name in (ARGS_NAME, *_WRITTEN, *_READ):
+            remove_unfinished(options.output / name)
     if options.overwrite:
         return {}
     if options.resume:
@@ -80,7 +85,7 @@ def _foreign(folder: Path) -> list[str]:
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
     """Remove what the folder of an earlier run would be resumed or read from, and nothing else."""
     store.discard()
-    for name in (*_WRITTEN, RESULTS_NAME, TWIN_NAME, WEIGHTS_NAME):
+    for name in (*_WRITTEN, *_READ):
         (options.output / name).unlink(missing_ok=True)
     for path in (options.output / "tensorboard").glob("events.out.tfevents.*"):
         path.unlink()
@@ -98,15 +103,15 @@ def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dic
     Raises:
         ValueError: options, images, classes or processes differ; the message names each.
     """
-    earlier, changed = state["identity"], options.differences(state["options"])
+    earlier, differing = state["identity"], options.differences(state["options"])
     batch = [
         options["batch_size"] * options["grad_accum_steps"] * size
         for options, size in ((state["options"], earlier["world"]), (options.plain(), world.size))
     ]
-    changed = [text for text in changed if not text.startswith("epochs:")]
-    if batch[0] == batch[1]:  # other ranks or batches of the same updates: equal but for rounding and mixing
-        changed = [text for text in changed if not text.startswith(("batch_size:", "grad_accum_steps:"))]
-    elif earlier["world"] != world.size:
+    # Other ranks or batches of the same updates: equal but for rounding and mixing.
+    excused = {"epochs"} | ({"batch_size", "grad_accum_steps"} if batch[0] == batch[1] else set())
+    changed = [f"{name}: {change}" for name, change in differing.items() if name not in excused]
+    if batch[0] != batch[1] and earlier["world"] != world.size:
         changed.append(f"processes: {earlier['world']} → {world.size}, so that an update has other images")
     for images in ("train_images", "validation_images"):
         if earlier.get(images, identity[images]) != identity[images]:  # runs of before have not all of them

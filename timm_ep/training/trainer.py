@@ -12,15 +12,15 @@ import torch
 from timm_ep.base.files import only_one, replacing
 from timm_ep.data.datasets import DataSource
 from timm_ep.data.loader import seed_everything
-from timm_ep.hub.cards import RESULTS_NAME, RunFacts
+from timm_ep.hub.cards import CURVES_NAME, RESULTS_NAME, RunFacts
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.export import save
 from timm_ep.models import EpVgg
 from timm_ep.training.assembly import create_loop, open_images
-from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
+from timm_ep.training.checkpoints import CHECKPOINTS_NAME, CheckpointStore, load_checkpoint
 from timm_ep.training.distributed import World, join_world
 from timm_ep.training.evaluate import accuracy_line, evaluate
-from timm_ep.training.images import RunImages, open_source, plain_loader
+from timm_ep.training.images import BAD_IMAGES_NAME, RunImages, open_source, plain_loader
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import TrainingLoop
 from timm_ep.training.options import ARGS_NAME, TrainingOptions
@@ -67,7 +67,7 @@ class Trainer(TrainingOptions):
             yield
 
     def _run(self, world: World) -> RunFacts:
-        store = CheckpointStore(self.output / "checkpoints")
+        store = CheckpointStore(self.output / CHECKPOINTS_NAME)
         state = earlier_state(self, world, store)
         source, left_out = open_source(self, world, state)
         torch.manual_seed(self.seed)  # of the initial weights; all else is seeded by its position
@@ -112,10 +112,11 @@ class Trainer(TrainingOptions):
         if source.validation is not None and source.validation is source.test and not self.val_split:
             log.warn("no test images: the best epoch is chosen by those that it is tested on, which flatters it")
         if left_out:
-            with replacing(self.output / "bad_images.txt") as temporary:
+            listed = self.output / BAD_IMAGES_NAME
+            with replacing(listed) as temporary:
                 lines = (f"{name}: {reason}\n" for name, reason in sorted(left_out.items()))
                 temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-            log.warn(f"{len(left_out)} images cannot be read and are left out; see {self.output / 'bad_images.txt'}")
+            log.warn(f"{len(left_out)} images cannot be read and are left out; see {listed}")
 
     def _finish(self, loop: TrainingLoop, images: RunImages, model: Any) -> RunFacts:
         """Test once, and write what the run is for."""
@@ -174,6 +175,6 @@ class Trainer(TrainingOptions):
 
     def _plot(self, log: RunLog) -> None:
         if find_spec("matplotlib") is None:
-            log.say("no curves.png: matplotlib is not installed (pip install timm_ep[plots])")
+            log.say(f"no {CURVES_NAME}: matplotlib is not installed (pip install timm_ep[plots])")
             return
-        Plot(self.output, self.output / "curves.png").run()
+        Plot(self.output, self.output / CURVES_NAME).run()
