@@ -228,14 +228,29 @@ def test_local_learning_passes_no_gradient_between_layers():
         assert reached == {index}
 
 
-def test_kernels_that_do_not_learn_are_not_capped():
-    free, frozen = (small_net(math.inf) for _ in range(2))
-    frozen.layers[2].weight.requires_grad_(False)
+class Exponential(torch.nn.Module):
+    def forward(self, value):
+        return value.exp()
+
+    def right_inverse(self, value):
+        return value.log()
+
+
+def test_kernels_of_frozen_size_are_not_capped_and_those_of_a_parametrized_one_are():
+    free, frozen, other = (small_net(math.inf) for _ in range(3))
+    frozen.layers[2].gain.requires_grad_(False)
+    for layer in other.layers:
+        layer.weight.requires_grad_(False)  # which has no size of its own
+        torch.nn.utils.parametrize.register_parametrization(layer, "gain", Exponential())
     limit = min(free.couplings((4, 4))[1:]) * 0.5
-    free.cap_couplings(limit, (4, 4))
-    frozen.cap_couplings(limit, (4, 4))
+    for model in (free, frozen, other):
+        model.cap_couplings(limit, (4, 4))
     assert torch.equal(frozen.layers[2].gain, small_net(math.inf).layers[2].gain)
     assert torch.equal(frozen.layers[3].gain, free.layers[3].gain)
+    assert other.couplings((4, 4)) == pytest.approx(free.couplings((4, 4)), rel=1e-6)
+    other.requires_grad_(False)
+    other.cap_couplings(limit / 2, (4, 4))
+    assert other.couplings((4, 4)) == pytest.approx(free.couplings((4, 4)), rel=1e-6)
 
 
 def test_an_output_that_settles_is_capped_too():

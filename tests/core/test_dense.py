@@ -1,6 +1,7 @@
 """Small maps: the matrix of a convolution against torch's, its autograd, and the net of convolutions it stands for."""
 
 from contextlib import nullcontext
+from threading import Barrier, Thread
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from conftest import make_batch, make_convolution, make_net
 from timm_ep.core import dense
-from timm_ep.core.convolution import convolutions_only
+from timm_ep.core.convolution import convolutions_only, matrices_allowed
 from timm_ep.core.energy import Coupling
 from timm_ep.core.equilibrium import prepared
 
@@ -67,3 +68,29 @@ def test_large_maps_are_left_as_they_are():
     assert all(mine is theirs for mine, theirs in zip(net.kernels, again.kernels, strict=True))
     larger, _ = prepared(model.net((64, 64)), make_batch(64, dtype=torch.float32)[0])
     assert all(kernel.dim() == 4 for kernel in larger.kernels)
+
+
+def test_what_one_thread_asks_for_is_not_for_the_others():
+    """Two of them inside at once, the first of which leaves first, as threads that answer requests do."""
+    inside, others, allowed = Barrier(2), Barrier(2), []
+
+    def first():
+        with convolutions_only():
+            inside.wait()
+        others.wait()
+        allowed.append(matrices_allowed())
+
+    def second():
+        allowed.append(matrices_allowed())
+        inside.wait()
+        with convolutions_only():
+            others.wait()
+        allowed.append(matrices_allowed())
+
+    threads = [Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert allowed == [True] * 3
+    assert matrices_allowed()

@@ -239,6 +239,19 @@ def test_second_derivatives_are_refused_where_there_are_none(live):
     assert model.layers[0].weight.grad.norm() > 0
 
 
+def test_many_gradients_as_one_are_refused():
+    model, (x, _) = make_net(4), make_batch()
+    for vectorise in (
+        lambda: torch.autograd.functional.jacobian(model, x[:1], vectorize=True),
+        lambda: torch.autograd.grad(
+            logits := model(x), x, torch.ones(2, *logits.shape).double(), is_grads_batched=True
+        ),
+    ):
+        x.requires_grad_()
+        with pytest.raises(NotImplementedError, match="takes one gradient at a time"):
+            vectorise()
+
+
 def test_second_derivatives_of_bptt_are_those_of_finite_differences():
     model, (x, y) = make_net(4, gradient="bptt"), make_batch()
     weight = model.layers[1].weight

@@ -157,6 +157,14 @@ def test_half_precision_and_large_values_pass(run):
     assert load(run).head.fc.weight[0, 0] == torch.tensor(60_000.0).half()
 
 
+@pytest.mark.parametrize("pool", ["fast", "fastmax", "catavgmax"])
+def test_every_kind_of_pooling_of_timm_passes(pool, tmp_path):
+    model = timm.create_model("ep_vgg5_025", num_classes=3, global_pool=pool).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path)(images), model(images))
+
+
 def test_the_commands_read_runs_through_the_checks(run):
     """Pickles beside no safetensors, and facts of another model, get a message; what they hold is not run."""
     (run / "config.json").write_bytes(changed_config(run, architecture="resnet18"))

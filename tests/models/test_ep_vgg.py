@@ -11,14 +11,18 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import TestTimePoolHead
 from timm.models import save_for_hf
 from timm.models._features_fx import get_notrace_modules
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_ep
 from conftest import make_batch, make_net
 from timm_ep import EpVgg
+from timm_ep.hub.repository import load
 
 NAMES = timm.list_models("ep_*")
 SMALL = "ep_vgg5_025"
@@ -370,6 +374,72 @@ def test_a_pruned_net_reads_a_lower_state_in_its_own_units():
     model.prune_intermediate_layers([1])
     model.reset_classifier(10, "avg")
     assert before / 30 < model(images).abs().max() < before * 30
+
+
+def test_a_pruned_net_is_saved_as_it_is(tmp_path):
+    """The layer that is read is in no weight: layers of equal width would take each other's read-out."""
+    model, images = timm.create_model(SMALL, num_classes=10, features_only=False), torch.randn(2, 3, 32, 32)
+    model.prune_intermediate_layers([2])
+    model.reset_classifier(10, "avg")
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    for again in (timm.create_model(f"local-dir:{tmp_path}", pretrained=True), load(tmp_path)):
+        assert torch.equal(again(images), model(images))
+        assert not torch.equal(again(images), again.forward_head(again.equilibrium(images)[-1]))
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=f"readout_layer={number}: give one of the 4 convolutions"):
+            timm.create_model(SMALL, readout_layer=number)
+    with pytest.raises(ValueError, match="with readout='state' it is the last"):
+        timm.create_model(SMALL, readout_layer=2, readout="state")
+
+
+def test_features_are_of_order_one_whatever_the_states_are():
+    """So that what timm or others put on them works at λ = 1 as well, where states fall to 1e-12."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("ep_vgg16_025", preset="strong", num_classes=10).eval(), torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        assert model.equilibrium(x)[-1].max() < 1e-8
+        last, maps = model.forward_intermediates(x)
+        assert all(0.01 < feature.square().mean().sqrt() < 10 for feature in maps)
+        assert torch.equal(last, model.forward_features(x))
+        assert_close(model.head(last), model(x))
+        logits = model(x)
+        assert TestTimePoolHead(model, original_pool=1)(x).std(0).min() > 0.1 * logits.std(0).mean()
+
+
+def test_no_module_is_lost_behind_a_setting():
+    with pytest.raises(TypeError, match="pool is a setting of the model; give the MaxPool2d another name"):
+        make_net(4).pool = torch.nn.MaxPool2d(2)
+
+
+def test_weights_that_lack_some_are_read_if_that_is_asked_for(tmp_path):
+    state = timm.create_model(SMALL, num_classes=10).state_dict()
+    del state["layers.3.bias"], state["layers.0.gain"]
+    save_file(state, tmp_path / "part.safetensors")
+    options = {"pretrained": True, "num_classes": 10}
+    options["pretrained_cfg_overlay"] = {"file": str(tmp_path / "part.safetensors"), "num_classes": 10}
+    with pytest.raises(ValueError, match=r"missing \['layers.0.gain', 'layers.3.bias'\]"):
+        timm.create_model(SMALL, **options)
+    with pytest.warns(UserWarning, match=r"missing \['layers.0.gain', 'layers.3.bias'\]"):
+        model = timm.create_model(SMALL, **options, pretrained_strict=False)
+    assert torch.equal(model.layers[3].weight, state["layers.3.weight"])
+
+
+def test_shapes_alone_settle_and_nudge_too():
+    """On the meta device and in FakeTensorMode, where a tolerance has nothing to judge by."""
+    for where in (torch.device("meta"), FakeTensorMode()):
+        with where:
+            model = timm.create_model(SMALL, preset="strong", num_classes=4)
+            loss = model(torch.randn(2, 3, 32, 32)).sum()
+            loss.backward()
+        assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("preset", ["fast", "classic"])
+def test_no_parameter_leaves_its_layer(preset):
+    """FSDP frees the memory of a layer's parameters after its forward pass."""
+    for layer in timm.create_model(SMALL, preset=preset).layers:
+        own = {parameter.data_ptr() for parameter in layer.parameters()}
+        assert own.isdisjoint(value.data_ptr() for value in layer())
 
 
 def test_pooling_of_two_kinds_widens_the_read_out():

@@ -7,12 +7,13 @@ smallest maps of all see `timm_ep.core.dense`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-_matrix_products = True
+_matrix_products = ContextVar("matrix_products", default=True)  # of each thread
 
 # The matrix product is the faster one where the kernel is so many times as large as the map below, and the map above
 # has no more than so many positions: with numbers of four bytes, or of two, whose convolutions are slower for it.
@@ -72,18 +73,17 @@ def kernel_gradient(below: Tensor, above: Tensor, kernel: Tensor, stride: int, p
 
 def matrices_allowed() -> bool:
     """Whether products may be computed otherwise than as convolutions."""
-    return _matrix_products
+    return _matrix_products.get()
 
 
 @contextmanager
 def convolutions_only() -> Iterator[None]:
     """Every product as a convolution, for those who count them."""
-    global _matrix_products
-    before, _matrix_products = _matrix_products, False
+    before = _matrix_products.set(False)
     try:
         yield
     finally:
-        _matrix_products = before
+        _matrix_products.reset(before)
 
 
 def _takes_patches(operand: Tensor, kernel: Tensor, elements: int, positions: int) -> bool:
@@ -98,7 +98,7 @@ def _limit(operand: Tensor, of_four_bytes: int, of_two_bytes: int) -> int:
 
 
 def _allowed(operand: Tensor) -> bool:
-    return _matrix_products and operand.device.type == "cpu"
+    return matrices_allowed() and operand.device.type == "cpu"
 
 
 def _patches(below: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:

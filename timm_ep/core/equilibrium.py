@@ -32,7 +32,7 @@ from timm_ep.core.nudged_phase import (
     routed_difference,
     warn_of_unreached,
 )
-from timm_ep.core.recording import recording, transformed
+from timm_ep.core.recording import recording, transformed, vectorised
 from timm_ep.core.settings import PHYSICAL, Settings
 
 
@@ -186,6 +186,11 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_second_derivatives()
+        if any(grad is not None and vectorised(grad) for grad in grads):
+            raise NotImplementedError(
+                "EP takes one gradient at a time, not many as one (is_grads_batched=True, vectorize=True). Take them "
+                "in turn, or set model.gradient = 'bptt'."
+            )
         depth = len(ctx.couplings)
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)

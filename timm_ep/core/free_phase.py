@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from timm_ep.core.energy import Drive, Net
-from timm_ep.core.recording import recording, transformed
+from timm_ep.core.recording import has_values, recording, transformed
 from timm_ep.core.schedule import Sweep, Visit, schedule
 from timm_ep.core.settings import Settings
 
@@ -220,7 +220,7 @@ def free_phase(
         else:
             phase = _sweep(net, phase, sweep, settings.feedback, store)
         # Going down, sweeps change little but the lower layers: only both directions together tell whether it rests.
-        judges = settings.tol > 0 and not x.is_meta and (settings.update != "sweep" or step % 2 == 1)
+        judges = settings.tol > 0 and has_values(x) and (settings.update != "sweep" or step % 2 == 1)
         if trace or judges:
             with torch.no_grad():
                 changes = relative_changes(phase.states, before)

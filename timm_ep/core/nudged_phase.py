@@ -16,6 +16,7 @@ from torch import Tensor
 
 from timm_ep.core.energy import Drive, Net, max_pool
 from timm_ep.core.free_phase import FreePhase, Trace, relative_changes
+from timm_ep.core.recording import has_values
 from timm_ep.core.schedule import Visit, arrivals, schedule
 from timm_ep.core.settings import Settings
 
@@ -96,6 +97,7 @@ def nudged_phase(
     for step, sweep in zip(sweeps, schedule(settings.update, depth, sweeps), strict=True):
         # As in the free phase: both directions together tell; and the last sweep ends the phase in any case.
         judges = settings.tol > 0 and (settings.update != "sweep" or step % 2 == 1) and step + 1 < len(sweeps)
+        judges = judges and has_values(free.preactivations[0])
         before = list(phase.deltas) if trace or judges else []
         pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
         for group in sweep:

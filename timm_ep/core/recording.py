@@ -1,8 +1,10 @@
 """Who else looks at the operations: what writes a model down for inference elsewhere, and the transforms of torch."""
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-__all__ = ["recording", "transformed"]
+__all__ = ["has_values", "recording", "transformed", "vectorised"]
 
 
 def recording() -> bool:
@@ -16,3 +18,14 @@ def recording() -> bool:
 def transformed() -> bool:
     """Whether a transform of torch.func (`grad`, `vmap`, `jvp`, …) is at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def vectorised(gradient: Tensor) -> bool:
+    """Whether it stands for many, as in `is_grads_batched=True` and `jacobian(…, vectorize=True)`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers to look at: tensors on `meta`, and those of `FakeTensorMode`, are shapes alone."""
+    return not x.is_meta and not is_fake(x)

@@ -185,6 +185,11 @@ class HasSettings:
 
     settings: Settings
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTING_NAMES and callable(value):  # a module by that name would be registered, and never be found
+            raise TypeError(f"{name} is a setting of the model; give the {type(value).__name__} another name.")
+        super().__setattr__(name, value)
+
 
 def _setting(name: str) -> property:
     def get(owner: HasSettings) -> Any:

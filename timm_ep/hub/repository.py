@@ -87,7 +87,7 @@ _NAMES = _is_list(_is_text, 0, 100_000)
 _TEXTS = _or_null(lambda value: _is_text(value) or _NAMES(value))
 _DESCRIPTIONS = _or_null(lambda value: isinstance(value, dict) and all(map(_is_text, (*value, *value.values()))))
 _LAYERS = _is_list(lambda value: value == "M" or _is_int(1, 8192)(value), 1, 64)
-_POOL = _is_one_of("avg", "max", "avgmax", "catavgmax", "")
+_POOL = _is_one_of(*(f"{fast}{kind}" for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax", "")))
 
 _NOT_FOR_A_FILE = {"self", "device", "dtype", "settings"}
 # Sweeps are bounded so that a configuration cannot make a model hang; the literature's nets settle in a few hundred.

@@ -54,10 +54,10 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         normalise_kernels: whether kernels are normalised at all; by default as the preset says. Plain ones (False) have
             no gains, and represent a published net parameter for parameter.
         padding: of every convolution, in pixels, or one for each: the literature's last one has 0.
-        unit: size of a layer's states over that of the layer below, in whose powers biases and the read-out are
-            measured; by default as the preset says. Below 1 for nets at λ = 1 whose small kernels let the states fall
-            from layer to layer: biases of order 1 would drown states of 1e-6, and logits of order 1 need weights of
-            1e6. It changes the parameters' units alone, not the nets that they can represent.
+        unit: size of a layer's states over that of the layer below, in whose powers biases, features and the read-out
+            are measured; by default as the preset says. Below 1 for nets at λ = 1 whose small kernels let the states
+            fall from layer to layer: biases of order 1 would drown states of 1e-6, and logits of order 1 need weights
+            of 1e6. It changes the parameters' units alone, not the nets that they can represent.
         preset: defaults of the settings and of the initial kernels (`timm_ep.core.settings.PRESETS`,
             `timm_ep.models.presets`). `fast`; `strong`: λ = 1, by the same means; `classic`: λ = 1 by the literature's
             algorithm, step by step, from the literature's kernels.
@@ -66,6 +66,8 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             last convolution's state; `forward` returns it. It is made for the squared error (`SquaredError` in
             `timm_ep.signals.losses`), whose force pulls it towards the one-hot label. Train it with a small learning
             rate: an output that falls to 0 for all images is held there, out of reach of a small nudge.
+        readout_layer: the convolution whose state the read-out outside the dynamics reads, from 1; by default the last.
+            `prune_intermediate_layers` sets it.
         device: of the parameters.
         dtype: of the parameters.
         **settings: fields of `timm_ep.core.settings.Settings`, with their reasons there; they override the preset.
@@ -73,8 +75,9 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
     Raises:
         TypeError: an unknown argument.
         ValueError: what is no architecture (`read_architecture`), a setting outside its range, an unknown preset or
-            read-out, paddings of another number than the convolutions, or, for a read-out inside the dynamics, dropout,
-            a unit other than 1 or a pooling other than `avg`: it is part of the energy.
+            read-out, paddings of another number than the convolutions, no such `readout_layer`, or, for a read-out
+            inside the dynamics, dropout, a unit other than 1, a pooling other than `avg` or another layer than the
+            last: it is part of the energy.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         unit: float | None = None,
         preset: str = "fast",
         readout: Literal["head", "state"] = "head",
+        readout_layer: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **settings: Any,
@@ -140,8 +144,13 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
                 layer.gain.requires_grad_(learn_gain)
             layers.append(layer)
         self.layers = nn.ModuleList(layers)
-        self.num_features = convolutions[-1].channels
-        self._top = depth - 1  # layer whose state is the features
+        if readout_layer is not None and not (1 <= readout_layer <= depth and (readout == "head" or not num_classes)):
+            raise ValueError(
+                f"readout_layer={readout_layer}: give one of the {depth} convolutions, from 1; with readout='state' it "
+                "is the last."
+            )
+        self._top = (readout_layer or depth) - 1  # layer whose state is the features
+        self.num_features = convolutions[self._top].channels
         # Last, because adaptive gradient clipping leaves out the last two parameters.
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self.head.num_features
@@ -191,11 +200,12 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
     def _model_args(self) -> dict[str, Any]:
         """What timm writes beside weights to create the model again: all settings, as they are now, so that it is the
         same model after a default of the package changes."""
-        return {**vars(self).get("_created_with", {}), **asdict(self.settings)}
+        pruned = {} if self._top + 1 == len(self.layers) else {"readout_layer": self._top + 1}
+        return {**vars(self).get("_created_with", {}), **asdict(self.settings), **pruned}
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self._created_with = args
+        self._created_with = {name: value for name, value in args.items() if name != "features_only"}  # of the factory
 
     @property
     def _output_settles(self) -> bool:
@@ -307,7 +317,7 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The last state at each resolution, and the last state of all.
+        """The last state at each resolution, and that which the read-out reads, as `forward_features` gives it.
 
         Args:
             x: images, (B, in_chans, H, W).
@@ -315,7 +325,7 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             norm: without effect: there is no final normalisation.
             stop_early: without effect: the layers above feed back.
             output_fmt: `NCHW`.
-            intermediates_only: leave out the last state.
+            intermediates_only: leave out what the read-out reads.
 
         Raises:
             ValueError: another `output_fmt`.
@@ -324,8 +334,8 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: states are images; only 'NCHW' is supported.")
         take, _ = feature_take_indices(len(self.feature_info), indices)
         states = self.equilibrium(x)
-        intermediates = [states[self._taps[index]] for index in take]
-        return intermediates if intermediates_only else (states[self._top], intermediates)
+        intermediates = [self._feature(states, self._taps[index]) for index in take]
+        return intermediates if intermediates_only else (self._feature(states, self._top), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -341,24 +351,27 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    def _feature(self, states: Sequence[Tensor], layer: int) -> Tensor:
+        """A state over its unit: features are of order 1, whatever the states are, and the read-out is one of many that
+        may be put on them."""
+        return states[layer] if self.unit == 1 else states[layer] / self.unit ** (layer + 1)
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last convolution's state, (B, num_features, H / r, W / r)."""
-        return self.equilibrium(x)[self._top]
+        """The last convolution's state over its unit, (B, num_features, H / r, W / r)."""
+        return self._feature(self.equilibrium(x), self._top)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) from the last convolution's state; with `pre_logits` the pooled state, over its unit.
+        """Logits (B, num_classes) from the features; with `pre_logits` the pooled features.
 
-        With `readout="state"` the value at which the output comes to rest above that state.
+        With `readout="state"` the value at which the output comes to rest above them.
         """
-        if self.unit != 1:
-            x = x / self.unit ** (self._top + 1)
         if pre_logits:
             return self.head(x, pre_logits=True)
         return self.head(x).clamp(0, 1) if self._output_settles else self.head(x)
 
     def output(self, states: Sequence[Tensor]) -> Tensor:
         """What `forward` returns, from the states of `equilibrium`."""
-        return states[-1].flatten(1) if self._output_settles else self.forward_head(states[self._top])
+        return states[-1].flatten(1) if self._output_settles else self.forward_head(self._feature(states, self._top))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes); with `readout="state"` the output state, in [0, 1]."""

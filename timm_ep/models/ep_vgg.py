@@ -8,6 +8,7 @@ The functions that timm registers differ by a row of the table alone, so they ar
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any, NamedTuple, Protocol
 
@@ -222,7 +223,7 @@ def _entrypoint(base: str, percent: int = 100) -> Entrypoint:
             EpVgg,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get("pretrained_strict", True)),
             feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(features)))},
             **kwargs,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_ep.core.equilibrium import autocast_dtype
-from timm_ep.core.recording import recording, transformed
+from timm_ep.core.recording import has_values, recording, transformed
 
 __all__ = ["check_images"]
 
@@ -56,7 +56,7 @@ def check_images(model: Any, x: Tensor) -> None:
         return  # values, and the size of the batch, are those of an example
     if len(x) == 0:
         raise ValueError(f"The batch is empty: shape {tuple(x.shape)}. Expected at least one image.")
-    if x.device.type == "cpu" and not transformed() and not torch.isfinite(x.detach().sum()):
+    if x.device.type == "cpu" and has_values(x) and not transformed() and not torch.isfinite(x.detach().sum()):
         # A sum is one cheap pass; only where it is not finite is it worth telling NaN from overflow.
         bad = int((~torch.isfinite(x)).sum())
         if bad:

@@ -3,8 +3,23 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["EpConv2d"]
+__all__ = ["EpConv2d", "scale_parameter"]
+
+
+@torch.no_grad()
+def scale_parameter(module: nn.Module, name: str, factor: float) -> None:
+    """Multiply a parameter by a number, through its parametrization if it has one; frozen ones stay.
+
+    Raises:
+        NotImplementedError: a parametrization that does not say what gives another value.
+    """
+    if not is_parametrized(module, name):
+        parameter = module.get_parameter(name)
+        parameter.mul_(factor if parameter.requires_grad else 1)
+    elif any(parameter.requires_grad for parameter in module.get_submodule(f"parametrizations.{name}").parameters()):
+        setattr(module, name, getattr(module, name) * factor)
 
 
 class EpConv2d(nn.Module):
@@ -59,16 +74,19 @@ class EpConv2d(nn.Module):
             nn.init.constant_(self.gain, self.initial_gain)
             nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
-    def scale_kernel(self, factor: float | Tensor) -> None:
-        """Multiply the kernel in use by a number, through its gains where it has them."""
-        (self.weight if self.gain is None else self.gain).mul_(factor)
+    @property
+    def size_name(self) -> str:
+        """The parameter that gives the kernel in use its size."""
+        return "weight" if self.gain is None else "gain"
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The effective kernel, (out, in, 3, 3), and the bias, (out,)."""
-        bias = self.bias if self.unit == 1 else self.bias * self.unit
+        """The effective kernel, (out, in, 3, 3), and the bias, (out,).
+
+        Neither is a parameter itself, whose memory FSDP frees after this call.
+        """
+        bias = self.bias * self.unit
         if self.gain is None:
-            return self.weight, bias
+            return self.weight.clone(), bias
         fan_in = self.weight[0].numel()
         # The floor is relative to the variance at the start, 1/fan_in, so that it means the same in every layer.
         normalise = F.layer_norm if self.center else F.rms_norm

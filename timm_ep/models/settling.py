@@ -8,6 +8,7 @@ from torch import Tensor
 from timm_ep.core.coupling import coupling_norms, feedback_shares
 from timm_ep.core.equilibrium import no_autocast, prepared
 from timm_ep.core.free_phase import free_phase, free_residuals
+from timm_ep.models.layers import scale_parameter
 
 __all__ = ["MeasuresSettling"]
 
@@ -38,7 +39,9 @@ class MeasuresSettling:
         return coupling_norms(self.net(size), size, self.settings.feedback)
 
     def cap_couplings(self: Any, limit: float, size: tuple[int, int]) -> None:
-        """Scale the kernels of layers above the first down until their couplings are at most `limit`; frozen ones stay.
+        """Scale the kernels of layers above the first down until their couplings are at most `limit`.
+
+        Those whose size is frozen (the gain, or a plain kernel) stay.
 
         To be called after an optimizer's step, every now and then: a strongly coupled net is not to train itself out of
         the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
@@ -48,10 +51,9 @@ class MeasuresSettling:
         """
         if not limit > 0:
             raise ValueError(f"limit={limit} would leave no kernel; a coupling is capped at a positive number.")
-        kernels = [(layer.weight, layer.scale_kernel) for layer in self.layers]
+        kernels = [(layer, layer.size_name) for layer in self.layers]
         if self._output_settles:
-            output = self.head.fc.weight
-            kernels.append((output, output.detach().mul_))
-        for (weight, scale), coupling in list(zip(kernels, self.couplings(size), strict=True))[1:]:
-            if coupling > limit and weight.requires_grad:
-                scale(limit / coupling)
+            kernels.append((self.head.fc, "weight"))
+        for (module, name), coupling in list(zip(kernels, self.couplings(size), strict=True))[1:]:
+            if coupling > limit:
+                scale_parameter(module, name, limit / coupling)

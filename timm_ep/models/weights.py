@@ -1,5 +1,6 @@
 """Weights on timm's way into a model: checked, and fitted to it."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ from timm_ep.models.feedforward import from_feedforward, is_feedforward
 __all__ = ["checkpoint_filter_fn"]
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg, strict: bool = True) -> dict[str, Tensor]:
     """Checks weights on timm's way into a model, whatever they were read from; those of timm's feedforward VGGs are
     converted (`timm_ep.models.feedforward`), with the model's own read-out.
 
     timm loads leniently where the read-out is new (`num_classes`): a checkpoint that lacks layers would leave them
     random. Shapes are compared by timm itself, which then fits the first convolution to images of other channels. As
     its kernel is normalised anew over these, its gain is fitted here, to the size of the kernel that timm made.
+
+    Args:
+        state_dict: the weights.
+        model: that they are for.
+        strict: whether layers that are missing or not of this model are an error, or else a warning.
 
     Raises:
         ValueError: layers that are missing or not of this model, values that are NaN or infinite, or kernels of a
@@ -41,12 +47,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EpVgg) -> dict[st
     )
     if found != expected:
         missing, extra = sorted(expected - found), sorted(found - expected)
-        raise ValueError(f"The weights are not of this model: missing {missing!s:.200}, unexpected {extra!s:.200}.")
+        told = f"The weights are not of this model: missing {missing!s:.200}, unexpected {extra!s:.200}."
+        if strict:
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=2)
     for name, value in state_dict.items():
         if not value.isfinite().all():
             raise ValueError(f"The weights have values of {name} that are NaN or infinite; they would answer nothing.")
-    if model.layers[0].gain is None:  # a plain kernel, which timm fits itself
-        return state_dict
+    if model.layers[0].gain is None or not {"layers.0.weight", "layers.0.gain"} <= found:
+        return state_dict  # a plain kernel, which timm fits itself; or none
     weight = state_dict["layers.0.weight"]
     fitted = adapt_input_conv(model.in_chans, weight, base_chans=weight.shape[1])
     filters = [kernel.double().flatten(1) for kernel in (fitted, weight)]

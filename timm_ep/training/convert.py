@@ -70,13 +70,13 @@ def calibrate(model: EpVgg, images: Tensor, quantile: float = 0.999) -> list[flo
     scales: list[float] = []
     below, scale = images, 1.0
     for index, layer in enumerate(layers):
-        layer.scale_kernel(scale)
+        layer.get_parameter(layer.size_name).mul_(scale)
         state = model.net((images.shape[-2], images.shape[-1])).drive(index, below).value.clamp_min(0)
         flat = state.flatten()
         scale = float(flat.kthvalue(max(1, round(quantile * len(flat)))).values)
         if not scale > 0:
             raise ValueError(f"No image excites layer {index + 1}; give more, prepared as for the source.")
-        layer.scale_kernel(1 / scale)
+        layer.get_parameter(layer.size_name).mul_(1 / scale)
         layer.bias.div_(scale)
         scales.append(scale)
         below = state.div_(scale).clamp_max_(1)
