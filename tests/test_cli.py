@@ -165,3 +165,10 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main(words)
         assert (stopped.value.code, capsys.readouterr().err) == (130, told)
+
+
+def test_a_configuration_in_another_encoding_is_named(tmp_path, capsys):
+    (tmp_path / "args.yaml").write_bytes("data_dir: Bücher".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(tmp_path / "args.yaml")])
+    assert "the file of --config is not text in UTF-8" in capsys.readouterr().err

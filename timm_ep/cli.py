@@ -75,7 +75,10 @@ def _main(words: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     parser.add_class_arguments(kind, as_group=False, as_positional=True)
     flags = {option.name for option in dataclasses.fields(kind) if option.type is bool}
-    config = parser.parse_args(_with_values(_config_first([_underscored(option) for option in options]), flags))
+    try:
+        config = parser.parse_args(_with_values(_config_first([_underscored(option) for option in options]), flags))
+    except UnicodeDecodeError as error:
+        parser.exit(2, f"timm-ep {name}: error: the file of --config is not text in UTF-8: {error}; save it as that.\n")
     debug = config.pop("debug")
     del config["config"]
     try:
@@ -92,6 +95,8 @@ def _main(words: list[str]) -> None:
         if debug:
             raise
         message = "; ".join(line.strip() for line in redacted(str(error)).splitlines() if line.strip())
+        if isinstance(error, MemoryError):
+            message = message or "there is not enough memory; fewer or smaller images at a time (batch_size) take less"
         if isinstance(error, _EXPLAINED):
             parser.exit(2, f"timm-ep {name}: error: {message}\n")
         parser.exit(1, f"timm-ep {name}: unexpected {type(error).__name__}: {message}\n--debug shows where it arose.\n")

@@ -1,4 +1,6 @@
 import io
+import os
+import signal
 import tarfile
 
 import numpy as np
@@ -9,6 +11,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 from timm_ep.data.datasets import labels_of, limit, open_data, split_off
+from timm_ep.data.loader import EpochOrder, Samples, training_loader
 from timm_ep.data.transforms import image_transform
 
 
@@ -213,3 +216,15 @@ def test_hidden_labels_of_the_hub_test_nothing(tmp_path):
     data = open_data(f"hfds/{tmp_path / 'pets'}", tmp_path / "cache")
     assert labels_of(data.test) == labels_of(data.validation) == [1, 0]
     assert "split test, has no labels; tested is on the validation images" in data.notes[0]
+
+
+@pytest.mark.slow
+def test_workers_go_on_when_a_job_is_told_to_end():
+    """SIGTERM goes to every process of a job; the trainer asks for the batches under way, and ends its workers."""
+    samples = Samples([(image, 0) for image in torch.arange(64.0)], torch.as_tensor, 0)
+    loader = training_loader(samples, EpochOrder(64, 4, 0), workers=1)
+    batches = iter(loader)
+    first = next(batches)
+    (worker,) = batches._workers
+    os.kill(worker.pid, signal.SIGTERM)
+    assert sorted(torch.cat([first[0], *(images for images, _, _ in batches)]).tolist()) == list(range(64))

@@ -401,6 +401,45 @@ def test_a_start_is_not_discarded(tmp_path):
     for start in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match="overwrite would discard initial_checkpoint="):
             Trainer(output=tmp_path, initial_checkpoint=start, overwrite=True)
+    for teacher in (str(tmp_path), ["resnet18", f"local-dir:{tmp_path}"]):
+        with pytest.raises(ValueError, match=r"overwrite would discard teacher=.*; choose another output"):
+            Trainer(output=tmp_path, teacher=teacher, distill_logits=1.0, overwrite=True)
+    with pytest.raises(ValueError, match="overwrite would discard model=local-dir:"):
+        Trainer(output=tmp_path, model=f"local-dir:{tmp_path}", pretrained=True, overwrite=True)
+    Trainer(output=tmp_path, teacher="resnet18", distill_logits=1.0, overwrite=True)
+
+
+def test_a_best_checkpoint_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds checkpoints/best\.pt, .*no run of this package wrote"):
+        Trainer(**options_of(tmp_path)).run()
+    assert (tmp_path / "checkpoints" / "best.pt").read_text() == "mine"
+
+
+def test_a_run_whose_start_has_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+    """The settings are those of the folder that it started from, where the options do not say."""
+    args = OPTIONS["model_args"]
+    start = {**options_of(tmp_path / "start"), "train_images": 64}
+    Trainer(**start).run()
+    options = options_of(tmp_path / "run", initial_checkpoint=tmp_path / "start")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.TrainingLoop, "_update", stopped_by(15, 2))
+        with pytest.raises(SystemExit):
+            Trainer(**options).run()
+    Trainer(**{**start, "overwrite": True, "model_args": {**args, "feedback": 0.5}, "mean": [0.25]}).run()
+    with pytest.raises(ValueError, match=r"feedback: 0\.02 → 0\.5, of what it starts from; mean: .* → \[0\.25\]"):
+        Trainer(**options, resume=True).run()
+    Trainer(**{**start, "overwrite": True}).run()
+    Trainer(**options, resume=True).run()
+
+
+def test_a_card_of_before_is_told(tmp_path, capsys):
+    Trainer(**options_of(tmp_path)).run()
+    (tmp_path / "README.md").write_text("a card")
+    Trainer(**options_of(tmp_path, overwrite=True)).run()
+    assert "README.md is of what was here before; write one by: timm-ep card" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "a card"
 
 
 def test_the_best_is_what_its_checkpoint_says(tmp_path):

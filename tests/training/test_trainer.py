@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 
 from timm_ep.base.files import replacing
 from timm_ep.data.datasets import open_data
+from timm_ep.data.pictures import UnreadableImage
 from timm_ep.hub import export
 from timm_ep.hub.cards import Card, RunFacts
 from timm_ep.hub.curves import Plot
+from timm_ep.hub.graphs import Export
 from timm_ep.studies.gradcheck import Gradcheck
 from timm_ep.training.evaluate import Validate, evaluate, load_run
 from timm_ep.training.predict import Predict
@@ -144,6 +146,11 @@ def test_a_diverging_run_stops_with_a_diagnosis(tmp_path):
         ({"lr": -1.0}, "lr=-1"),
         ({"train_images": 10}, "10 training images are less than a batch of 64"),
         ({"model_args": {"feedback": -1}}, "feedback=-1"),
+        ({"seed": 2**63}, "seed=9223372036854775808 is too large"),
+        ({"teacher_img_size": 64}, "teacher_img_size=64 is of a teacher, and there is none"),
+        ({"teacher_img_size": 0}, "teacher_img_size=0 is too small"),
+        ({"cache_teacher": True}, "cache_teacher=True is of a teacher, and there is none"),
+        ({"data_dir": "."}, r"data_dir=\., but dataset=digits is embedded: give --dataset folder"),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):
@@ -219,6 +226,64 @@ def test_images_none_of_which_can_be_read_are_named_before_the_training(pictures
     with pytest.raises(ValueError, match=r"None of the test images can be read\. .*/test/dark/0\.png"):
         Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "none").run()
     assert not (tmp_path / "none" / "args.yaml").exists()
+
+
+def test_a_damaged_test_image_costs_no_training(pictures, tmp_path):
+    """The model is there, and once the picture is repaired the run is tested."""
+    path = pictures / "test" / "light" / "3.png"
+    whole = path.read_bytes()
+    damage(pictures / "test" / "light")
+    with pytest.raises(UnreadableImage, match=r"light/0\.png is not .*The training is done: --resume goes on with its"):
+        Trainer(**SMALL, data_dir=pictures, output=tmp_path / "run").run()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for each in (pictures / "test" / "light").iterdir():
+        each.write_bytes(whole)
+    facts = Trainer(**SMALL, data_dir=pictures, output=tmp_path / "run", resume=True).run()
+    assert facts.n_test == 16
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_images_that_a_run_left_out_are_left_out_again(pictures, tmp_path, capsys):
+    (pictures / "test" / "light" / "3.png").write_text("no picture")
+    facts = Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "run").run()
+    assert facts.n_test == 15
+    assert Validate(tmp_path / "run").run().top1 == facts.top1
+    assert "1 test images are left out, as in training" in capsys.readouterr().err
+    assert len(Predict(tmp_path / "run").run()) == 5
+    with pytest.raises(UnreadableImage):
+        Validate(tmp_path / "run", pictures, dataset="folder").run()
+
+
+def test_what_chose_the_best_epoch_is_not_called_test_images(pictures, tmp_path):
+    (pictures / "test").rename(pictures / "val")
+    facts = Trainer(**SMALL, data_dir=pictures, output=tmp_path / "run").run()
+    assert facts.tested_on == "validation"
+    text = Card(tmp_path / "run").run().read_text()
+    assert "16 training and 16 validation images" in text
+    assert "Test accuracy" not in text
+    assert "split: validation" in text
+
+
+def test_classes_that_a_split_takes_from_training_are_told(pictures, tmp_path, capsys):
+    for index in range(1, 8):
+        (pictures / "train" / "light" / f"{index}.png").unlink()
+    told = "none of the training images is left to train on of: light"
+    for share, lost in {0.5: False, 0.6: True}.items():  # too few for each class to have its share
+        Trainer(**SMALL, data_dir=pictures, val_split=share, output=tmp_path / str(share)).run()
+        assert (told in capsys.readouterr().err) == lost
+
+
+def test_names_of_folders_without_their_weights(pictures, tmp_path, capsys):
+    Trainer(**SMALL, data_dir=pictures, output=tmp_path / "run").run()
+    options = {**SMALL, "data_dir": pictures, "model_args": {}}
+    Trainer(**options, model=f"local-dir:{tmp_path / 'run'}", output=tmp_path / "anew").run()
+    assert "are not taken; --pretrained takes them" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"config\.json is no file of weights; give a run's folder"):
+        Trainer(**options, initial_checkpoint=tmp_path / "run" / "config.json", output=tmp_path / "x").run()
+    with pytest.raises(FileExistsError, match=r"results\.json is a file; expected a folder"):
+        Trainer(**options, output=tmp_path / "run" / "results.json").run()
+    with pytest.raises(FileNotFoundError, match="nothing does not exist; expected the folder of a run, or a name"):
+        Export(str(tmp_path / "nothing")).run()
 
 
 def test_looking_for_damaged_images_changes_no_weight(pictures, tmp_path):

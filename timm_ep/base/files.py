@@ -96,10 +96,12 @@ def only_one(folder: str | os.PathLike[str]) -> Iterator[None]:
         folder: to lock; made if need be, and removed again on failure if nothing else was written to it.
 
     Raises:
-        FileExistsError: another process is inside.
+        FileExistsError: another process is inside, or it is a file.
     """
     folder = Path(folder)
     made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder, or a name that is free for one.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     lock = FileLock(path)

@@ -106,15 +106,21 @@ def open_data(name: str, data_dir: str | Path | None = None, classes: Sequence[s
             `torch/fashion_mnist`), already in `data_dir`; or `hfds/NAME` for a dataset of the Hugging Face Hub or a
             local folder of one, fetched into `data_dir` or the usual cache.
         data_dir: where the images are; not needed for `digits` and `hfds/`.
-        classes: names in the order of the labels, of a model that is to be tested: then a `folder` needs no training
-            images, whose classes they would be, and `train` is None.
+        classes: names in the order of the labels, of a model that is to be tested: then of a `folder` only the test
+            images are looked for, and `train` is None.
 
     Raises:
-        ValueError: unknown name, or classes that differ between training and test images.
+        ValueError: unknown name, a folder for embedded images, or classes that differ between training and test images
+            or from `classes`.
         FileNotFoundError: nothing there.
         ModuleNotFoundError: `hfds/` without the package it needs.
     """
     if name == "digits":
+        if data_dir is not None:
+            raise ValueError(
+                f"data_dir={data_dir}, but dataset=digits is embedded: give --dataset folder for class folders or tars "
+                "there, torch/NAME or hfds/NAME; or leave data_dir out."
+            )
         return DataSource(Digits(train=True), Digits(train=False), Digits.classes, 1)
     if name.startswith("hfds/"):
         return _open_hugging_face(name, data_dir)
@@ -145,8 +151,11 @@ def open_data(name: str, data_dir: str | Path | None = None, classes: Sequence[s
 
 def _open_folder(data_dir: Path, known: Sequence[str] | None) -> DataSource:
     paths = _find_parts(data_dir, ("test",) if known else ("train", "test"))
+    if known:
+        tested = "test" if "test" in paths else "validation"
+        paths = {tested: paths[tested]}
     parts: dict[str, Any] = {use: (ClassFolders if path.is_dir() else ClassTar)(path) for use, path in paths.items()}
-    classes, whose = (parts["train"].classes, paths["train"]) if "train" in parts else (tuple(known or ()), "the model")
+    classes, whose = (tuple(known), "the model") if known else (parts["train"].classes, paths["train"])
     notes = [line for use, part in parts.items() for line in passed_over_line(paths[use].name, part.passed_over)]
     for use, part in parts.items():
         if set(part.classes) - set(classes):

@@ -128,8 +128,10 @@ def training_loader(samples: Samples, order: EpochOrder, workers: int = 0, pin: 
 
 
 def _serve_the_trainer(_: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the batches under way are still wanted.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of a terminal, and SIGTERM often every one of a job; the batches under way are still
+    # wanted.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # torch's own watch is on the parent, which under forkserver is the server, and that lives as long as its children.
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 

@@ -68,7 +68,7 @@ class RunFacts:
         seed: of the run.
         dataset: name as given to the trainer, for example `torch/cifar10` or `hfds/uoft-cs/cifar10`.
         n_train: training images.
-        n_test: test images, never seen in training or for choosing anything.
+        n_test: test images, never seen in training or, unless `tested_on` says so, for choosing anything.
         top1: test accuracy in percent.
         top5: test accuracy in percent of the label being among the five likeliest; None with five classes or fewer.
         epochs: trained.
@@ -87,6 +87,7 @@ class RunFacts:
         timm_version: of timm.
         timm_ep_version: of this package.
         dataset_id: of the data on the Hub, such as `uoft-cs/cifar10`, where `dataset` does not tell.
+        tested_on: `test`, or `validation` where there are no other images than those that chose the best epoch.
     """
 
     architecture: str
@@ -111,6 +112,7 @@ class RunFacts:
     timm_version: str = timm.__version__
     timm_ep_version: str = __version__
     dataset_id: str | None = None
+    tested_on: str = "test"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON to `path`, atomically and without access tokens, wherever one was typed."""
@@ -231,7 +233,7 @@ def _metadata(cfg: dict[str, Any], facts: RunFacts | None, name: str) -> ModelCa
                 task_type="image-classification",
                 dataset_type=dataset_id or html.escape(_one_line(facts.dataset)),
                 dataset_name=html.escape(title, quote=False),
-                dataset_split="test",
+                dataset_split="validation" if facts.tested_on == "validation" else "test",
                 metric_type="accuracy",
                 metric_name=metric,
                 metric_value=round(value, 2),

@@ -100,7 +100,9 @@ class Export(Options):
             ValueError: no such model, a folder that does not pass the checks, a model that cannot be exported, or one
                 whose logits come out by more than 1e-4 of the largest otherwise; then nothing is written.
         """
-        model: Any = load(self.model) if Path(self.model).is_dir() else create_named(self.model, pretrained=True).eval()
+        if not (folder := Path(self.model)).is_dir() and len(folder.parts) > 1 and ":" not in self.model:
+            raise FileNotFoundError(f"{folder} does not exist; expected the folder of a run, or a name of timm.")
+        model: Any = load(folder) if folder.is_dir() else create_named(self.model, pretrained=True).eval()
         set_sweeps(model, self.sweeps)
         if isinstance(model, EpVgg):
             model.settings = dataclasses.replace(model.settings, products="full")  # shorter ones save time in training

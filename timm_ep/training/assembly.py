@@ -34,7 +34,7 @@ from timm_ep.signals.task import EpTask
 from timm_ep.signals.teachers import Teacher, TeacherCache, TeacherEnsemble, create_teacher
 from timm_ep.training.checkpoints import CHECKPOINTS_NAME, CheckpointStore, unfinished
 from timm_ep.training.distributed import World, is_primary
-from timm_ep.training.images import RunImages, plain_loader
+from timm_ep.training.images import RunImages, plain_loader, with_lost_classes
 from timm_ep.training.logs import RunLog
 from timm_ep.training.loop import Progress, TrainingLoop
 from timm_ep.training.optimizer import create_optimizer
@@ -58,6 +58,7 @@ def open_images(options: TrainingOptions, source: DataSource) -> tuple[RunImages
                 "(val_split=0 takes those)."
             )
         train, validation = split_off(train, options.val_split)
+    source = with_lost_classes(source, source.train, train, "is left to train on")
     if options.patience and validation is None:
         raise ValueError(
             f"patience={options.patience} needs images to judge by: set val_split, for example to 0.1, or have them in "
@@ -122,11 +123,17 @@ def create_model(options: TrainingOptions, source: DataSource) -> nn.Module:
 def _start(options: TrainingOptions) -> dict[str, Any]:
     """The name and the weights that timm is to create the model from; weights on disk are checked before."""
     path = options.initial_checkpoint
+    if options.model.startswith("local-dir:") and not options.pretrained and is_primary():
+        print(f"warning: the weights in {options.model} are not taken; --pretrained takes them", file=sys.stderr)
     if path is None:
         return {"model_name": options.model, "pretrained": options.pretrained}
     if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).exists():
         path = path.parent
     architecture = _architecture(options)
+    if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
+        raise ValueError(
+            f"initial_checkpoint={path} is no file of weights; give a run's folder, or a .safetensors file."
+        )
     if path.suffix in PICKLES:
         raise ValueError(
             f"initial_checkpoint={path} may run code when it is read, and is not opened: only safetensors are. Of a "

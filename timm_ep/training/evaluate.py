@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from timm_ep.base.files import replacing
 from timm_ep.base.options import Options
 from timm_ep.base.text import same_name
+from timm_ep.data.damaged import without_images
 from timm_ep.data.datasets import DataSource, open_data
 from timm_ep.data.loader import seed_everything
 from timm_ep.data.transforms import run_transform
@@ -25,6 +26,7 @@ from timm_ep.models.named import set_sweeps
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.training.checkpoints import CHECKPOINTS_NAME, unfinished
 from timm_ep.training.distributed import available
+from timm_ep.training.images import BAD_IMAGES_NAME, Transformed
 from timm_ep.training.options import ARGS_NAME
 
 
@@ -138,14 +140,16 @@ class Validate(Options):
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
         names = label_names(model)
         data = open_data(*images_of(self.run_folder, facts, self.dataset, self.data_dir), names)
+        if self.dataset is None:
+            data = without_bad_images(data, self.run_folder)
         tell_notes(data)
         if list(data.classes) != names:
             raise ValueError(
                 f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
             )
-        data.test.transform = run_transform(model)
         seed_everything("test", 0)  # for a net with the noise of a device: the same answer each time
-        loader = DataLoader(data.test, self.batch_size, num_workers=self.workers)
+        images = Transformed(data.test, run_transform(model))
+        loader = DataLoader(images, self.batch_size, num_workers=self.workers)
         result = evaluate(model, loader, self.device)
         architecture = str(cast(Any, model).pretrained_cfg["architecture"])
         if self.output is not None:
@@ -160,6 +164,18 @@ def label_names(model: Any) -> list[str]:
     """The names of a model's classes; their numbers where it has none."""
     names = model.pretrained_cfg.get("label_names")
     return [same_name(name) for name in names] if names else [str(index) for index in range(model.num_classes)]
+
+
+def without_bad_images(data: DataSource, run: Path) -> DataSource:
+    """The images but those that a run left out as they could not be read, which is noted."""
+    listed = run / BAD_IMAGES_NAME
+    if not listed.is_file():
+        return data
+    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = without_images(data, [line.partition(": ")[0] for line in lines])
+    if not (count := len(data.test) - len(kept.test)):
+        return data
+    return replace(kept, notes=(*kept.notes, f"{count} test images are left out, as in training: see {listed}"))
 
 
 def tell_notes(data: DataSource) -> None:

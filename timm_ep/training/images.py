@@ -15,7 +15,7 @@ from timm_ep.data.transforms import image_transform
 from timm_ep.training.distributed import World
 from timm_ep.training.options import TrainingOptions
 
-__all__ = ["BAD_IMAGES_NAME", "RunImages", "open_source", "plain_loader"]
+__all__ = ["BAD_IMAGES_NAME", "RunImages", "Transformed", "open_source", "plain_loader", "with_lost_classes"]
 
 BAD_IMAGES_NAME = "bad_images.txt"
 
@@ -29,6 +29,11 @@ class RunImages(NamedTuple):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def chooses_by_test(self) -> bool:
+        """Whether the best epoch is chosen by the very images that the result is tested on."""
+        return self.validation is not None and self.validation is self.source.test
 
     def fingerprint(self) -> int:
         """Of the labels of the images to train on and to choose by, in their order, as far as they are known unread."""
@@ -74,11 +79,23 @@ def _without(source: DataSource, left_out: dict[str, str]) -> DataSource:
         if images is not None and not len(images):
             reason = next((why for name, why in left_out.items() if name.startswith(f"{part}/")), "there are none.")
             raise ValueError(f"None of the {part} images can be read. {reason}")
-    lost = set(labels_of(source.train) or ()) - set(labels_of(kept.train) or ())
+    return with_lost_classes(kept, source.train, kept.train, "can be read")
+
+
+def with_lost_classes(source: DataSource, before: Any, after: Any, what: str) -> DataSource:
+    """The source with a note of the classes that have no training image any more.
+
+    Args:
+        source: of the images.
+        before: training images.
+        after: those that are left.
+        what: is true of those that are left.
+    """
+    lost = set(labels_of(before) or ()) - set(labels_of(after) or ())
     if not lost:
-        return kept
+        return source
     names = ", ".join(source.classes[label] for label in sorted(lost))
-    return replace(kept, notes=(*kept.notes, f"none of the training images can be read of: {names}"))
+    return replace(source, notes=(*source.notes, f"none of the training images {what} of: {names}"))
 
 
 def plain_loader(
@@ -88,7 +105,7 @@ def plain_loader(
     shared = world is not None and world.size > 1
     if world is not None and shared:
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
-    samples = _Transformed(dataset, image_transform(images.size, images.mean, images.std))
+    samples = Transformed(dataset, image_transform(images.size, images.mean, images.std))
     loader = DataLoader(samples, options.batch_size, num_workers=options.workers)
     return _Together(loader, world) if world is not None and shared else loader
 
@@ -110,7 +127,7 @@ class _Together:
 
 
 @dataclass(frozen=True)
-class _Transformed(Dataset[tuple[torch.Tensor, int]]):
+class Transformed(Dataset[tuple[torch.Tensor, int]]):
     """A dataset's (PIL image, label) with the image as a tensor."""
 
     dataset: Any

@@ -251,12 +251,25 @@ class TrainingOptions(Options):
             raise ValueError(f"batch_size={self.batch_size} is odd; mixup and cutmix pair the images of a batch.")
         if self.resume and self.overwrite:
             raise ValueError("resume goes on with the run in the output folder and overwrite discards it; choose one.")
-        start = self.initial_checkpoint
-        if self.overwrite and start is not None and start.resolve().is_relative_to(self.output.resolve()):
-            raise ValueError(
-                f"overwrite would discard initial_checkpoint={start}, in output={self.output}; choose another output."
-            )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} is too large; it must be below 2**63.")
+        if self.overwrite:
+            self._check_discarded()
         _ = self.interval
+
+    def _check_discarded(self) -> None:
+        """What a run reads may lie in the folder of an earlier one, but not in that which it discards."""
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        read = [("teacher", teacher) for teacher in teachers]
+        for name in ("model", "initial_checkpoint", "teacher_checkpoint"):
+            read.append((name, getattr(self, name)))
+        for name, value in read:
+            path = Path(str(value).removeprefix("local-dir:")).resolve()
+            named = value is None or not (isinstance(value, Path) or path.exists())
+            if not named and path.is_relative_to(self.output.resolve()):
+                raise ValueError(
+                    f"overwrite would discard {name}={value}, in output={self.output}; choose another output."
+                )
 
     def _check_teaching(self) -> None:
         distils = self.distill_features or self.distill_logits
@@ -266,6 +279,9 @@ class TrainingOptions(Options):
             raise ValueError(
                 f"teacher={self.teacher} has nothing to teach: set the weight of distill_features or distill_logits."
             )
+        for name in ("teacher_checkpoint", "teacher_img_size", "teacher_args", "cache_teacher"):
+            if getattr(self, name) and not self.teacher:
+                raise ValueError(f"{name}={getattr(self, name)} is of a teacher, and there is none; give --teacher.")
         if isinstance(self.teacher, list) and self.teacher_checkpoint is not None:
             raise ValueError(
                 f"teacher_checkpoint={self.teacher_checkpoint} is of one teacher, not of {self.teacher}; name the "
@@ -342,6 +358,7 @@ class TrainingOptions(Options):
 _LEAST = {
     "train_images": 1,
     "img_size": 1,
+    "teacher_img_size": 1,
     "epochs": 1,
     "batch_size": 1,
     "grad_accum_steps": 1,

@@ -20,7 +20,7 @@ from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RunFacts
-from timm_ep.training.evaluate import images_of, label_names, load_run, tell_notes
+from timm_ep.training.evaluate import images_of, label_names, load_run, tell_notes, without_bad_images
 
 Answer = list[tuple[str, float]]
 
@@ -102,6 +102,7 @@ class Predict(Options):
     ) -> Iterator[tuple[str, Image.Image]]:
         if self.images is None:
             data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir), names)
+            data = without_bad_images(data, self.run_folder)
             tell_notes(data)
             for index in range(min(5, len(data.test))):
                 image, label = data.test[index]

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from timm_ep.base.files import remove_unfinished
-from timm_ep.hub.cards import CURVES_NAME, LAYERS_NAME, LOG_NAME, RESULTS_NAME, SETTLING_NAME, TWIN_NAME
+from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LAYERS_NAME, LOG_NAME, RESULTS_NAME, SETTLING_NAME, TWIN_NAME
 from timm_ep.hub.export import clean
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME
-from timm_ep.training.checkpoints import CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
+from timm_ep.training.checkpoints import CHECKPOINTS_NAME, CheckpointStore, Newest, UnusableCheckpoint, load_checkpoint
 from timm_ep.training.distributed import World
 from timm_ep.training.images import BAD_IMAGES_NAME
 from timm_ep.training.options import ARGS_NAME, TrainingOptions
@@ -79,7 +79,8 @@ def _foreign(folder: Path) -> list[str]:
     options = folder / ARGS_NAME
     if options.is_file() and "\nlocal_error:" in options.read_text(encoding="utf-8", errors="replace"):
         return []
-    return [name for name in (ARGS_NAME, *_WRITTEN) if (folder / name).exists()]
+    best = CheckpointStore(folder / CHECKPOINTS_NAME).best.relative_to(folder)
+    return [str(name) for name in (ARGS_NAME, *_WRITTEN, best) if (folder / name).exists()]
 
 
 def discard(options: TrainingOptions, store: CheckpointStore) -> None:
@@ -89,6 +90,10 @@ def discard(options: TrainingOptions, store: CheckpointStore) -> None:
         (options.output / name).unlink(missing_ok=True)
     for path in (options.output / "tensorboard").glob("events.out.tfevents.*"):
         path.unlink()
+    if (card := options.output / CARD_NAME).exists():
+        print(
+            f"warning: {card} is of what was here before; write one by: timm-ep card {options.output}", file=sys.stderr
+        )
 
 
 def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dict[str, Any], world: World) -> None:
@@ -118,6 +123,12 @@ def check_resumed(options: TrainingOptions, state: dict[str, Any], identity: dic
             changed.append(f"{images.replace('_', ' ')}: {earlier[images]} → {identity[images]}")
     if earlier.get("labels", identity["labels"]) != identity["labels"]:
         changed.append("the labels of the images, or their order")
+    known = earlier.get("model", {})
+    changed += [
+        f"{name}: {known[name]} → {value}, of what it starts from"
+        for name, value in identity["model"].items()
+        if name in known and known[name] != value and name not in differing
+    ]
     if earlier["classes"] != identity["classes"]:
         changed.append("the classes")
     if changed:

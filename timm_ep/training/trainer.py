@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from timm_ep.base.files import only_one, replacing
-from timm_ep.data.datasets import DataSource
 from timm_ep.data.loader import seed_everything
+from timm_ep.data.pictures import UnreadableImage
 from timm_ep.hub.cards import CURVES_NAME, RESULTS_NAME, RunFacts
 from timm_ep.hub.curves import Plot
 from timm_ep.hub.export import save
@@ -80,6 +80,7 @@ class Trainer(TrainingOptions):
             "validation_images": 0 if images.validation is None else len(images.validation),
             "labels": images.fingerprint(),
             "classes": list(source.classes),
+            "model": _facts_of(model, images),
             "world": world.size,
             "bad_images": left_out,
         }
@@ -92,24 +93,24 @@ class Trainer(TrainingOptions):
                 if self.overwrite:  # only now that the options are known to be good
                     discard(self, store)
                 self.save(self.output / ARGS_NAME)
-                self._tell(loop.log, source, left_out)
+                self._tell(loop.log, images, left_out)
             try:
                 loop.run()
             except Interrupted:
-                if world.primary and not (self.output / RESULTS_NAME).exists():
-                    self._save_model(self._result(loop), images)  # so that it can be used as it is
-                raise  # and a finished run that was to be longer stays what it was, facts and weights
+                if world.primary:
+                    self._save_unless_finished(self._result(loop), images)
+                raise
             facts = self._finish(loop, images, model)
         finally:
             loop.log.close()
         world.from_primary(None)  # nobody leaves before the primary process has written everything
         return facts
 
-    def _tell(self, log: RunLog, source: DataSource, left_out: dict[str, str]) -> None:
+    def _tell(self, log: RunLog, images: RunImages, left_out: dict[str, str]) -> None:
         """What the user should know of the images before they are trained on."""
-        for note in source.notes:
+        for note in images.source.notes:
             log.warn(note)
-        if source.validation is not None and source.validation is source.test and not self.val_split:
+        if images.chooses_by_test:
             log.warn("no test images: the best epoch is chosen by those that it is tested on, which flatters it")
         if left_out:
             listed = self.output / BAD_IMAGES_NAME
@@ -123,13 +124,14 @@ class Trainer(TrainingOptions):
         world, progress = loop.world, loop.progress
         # Without autocast, as the model is saved and as `timm-ep validate` will test it again.
         averaged = self._result(loop)
+        if world.primary:
+            self._save_unless_finished(averaged, images)
         seed_everything("test", 0)  # for a net with the noise of a device
-        tested = evaluate(
-            averaged,
-            plain_loader(self, images.source.test, images, world),
-            world.device,
-            world.sum,
-        )
+        loader = plain_loader(self, images.source.test, images, world)
+        try:
+            tested = evaluate(averaged, loader, world.device, world.sum)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{error} The training is done: --resume goes on with its test.") from error
         progress.rows[-1].update(test_loss=tested.loss, test_accuracy=tested.top1)
         start = self.initial_checkpoint or (self.model if self.pretrained else None)
         facts = RunFacts(
@@ -139,6 +141,7 @@ class Trainer(TrainingOptions):
             dataset=self.dataset,
             n_train=len(images.train),
             n_test=len(images.source.test),
+            tested_on="validation" if images.chooses_by_test else "test",
             top1=tested.top1,
             top5=tested.top5,
             epochs=progress.epoch,
@@ -170,6 +173,11 @@ class Trainer(TrainingOptions):
             loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
         return task.get_eval_model(ema=task.has_ema())
 
+    def _save_unless_finished(self, model: Any, images: RunImages) -> None:
+        """So that it can be used as it is; a finished run that is made longer stays what it was, facts and weights."""
+        if not (self.output / RESULTS_NAME).exists():
+            self._save_model(model, images)
+
     def _save_model(self, model: Any, images: RunImages) -> None:
         save(self.output, model, images.source.classes, images.size, images.mean, images.std)
 
@@ -178,3 +186,9 @@ class Trainer(TrainingOptions):
             log.say(f"no {CURVES_NAME}: matplotlib is not installed (pip install timm_ep[plots])")
             return
         Plot(self.output, self.output / CURVES_NAME).run()
+
+
+def _facts_of(model: Any, images: RunImages) -> dict[str, Any]:
+    """What a model has from where it started, and not from the options alone."""
+    settings = dataclasses.asdict(model.settings) if isinstance(model, EpVgg) else {}
+    return {**settings, "img_size": images.size, "mean": list(images.mean), "std": list(images.std)}
