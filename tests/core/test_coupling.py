@@ -236,9 +236,10 @@ class Exponential(torch.nn.Module):
         return value.log()
 
 
-def test_kernels_of_frozen_size_are_not_capped_and_those_of_a_parametrized_one_are():
+def test_kernels_of_which_nothing_learns_are_not_capped_and_parametrized_ones_are():
     free, frozen, other = (small_net(math.inf) for _ in range(3))
-    frozen.layers[2].gain.requires_grad_(False)
+    frozen.layers[2].requires_grad_(False)
+    frozen.layers[3].gain.requires_grad_(False)  # as `learn_gain=False` has it: its weights may couple it more
     for layer in other.layers:
         layer.weight.requires_grad_(False)  # which has no size of its own
         torch.nn.utils.parametrize.register_parametrization(layer, "gain", Exponential())

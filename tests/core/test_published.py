@@ -97,4 +97,4 @@ def test_a_new_classic_net_has_half_of_pytorchs_default_kernels():
         for values in (layer.weight, layer.bias):
             assert 0.9 * bound < values.abs().max() <= bound
         assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
-        assert layer()[0] is layer.weight
+        assert torch.equal(layer()[0], layer.weight)

@@ -244,9 +244,9 @@ def test_a_damaged_test_image_costs_no_training(pictures, tmp_path):
 
 
 def test_images_that_a_run_left_out_are_left_out_again(pictures, tmp_path, capsys):
-    (pictures / "test" / "light" / "3.png").write_text("no picture")
+    (pictures / "test" / "light" / "3: x.png").write_text("no picture")
     facts = Trainer(**SMALL, data_dir=pictures, bad_images="skip", output=tmp_path / "run").run()
-    assert facts.n_test == 15
+    assert facts.n_test == 16
     assert Validate(tmp_path / "run").run().top1 == facts.top1
     assert "1 test images are left out, as in training" in capsys.readouterr().err
     assert len(Predict(tmp_path / "run").run()) == 5

@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 __all__ = ["EpochOrder", "Samples", "seed_everything", "training_loader"]
 
+_GRACE_SECONDS = 20  # for the batches of an update that is under way
+
 
 Stream = Literal["order", "sample", "step", "test"]
 
@@ -129,11 +131,17 @@ def training_loader(samples: Samples, order: EpochOrder, workers: int = 0, pin: 
 
 def _serve_the_trainer(_: int) -> None:
     # Ctrl-C reaches every process of a terminal, and SIGTERM often every one of a job; the batches under way are still
-    # wanted.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # wanted. SIGTERM may also be of the trainer, which then waits for the end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
     # torch's own watch is on the parent, which under forkserver is the server, and that lives as long as its children.
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_soon(*_: Any) -> None:
+    timer = threading.Timer(_GRACE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _end_with_the_trainer() -> None:

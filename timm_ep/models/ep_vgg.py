@@ -140,6 +140,7 @@ _RELEASES = {
     "ep_vgg8.ep_cifar100": _Release(_CIFAR100, {"free_sweeps": 2}),
     "ep_vgg8.ep_plain_cifar100": _Release(_CIFAR100, {"free_sweeps": 2}),
     "ep_vgg8.ep_cifar100_ft_cifar10": _Release(_CIFAR10, {"free_sweeps": 2}),
+    "ep_vgg8.ep_distilled_cifar10": _Release(_CIFAR10, {"free_sweeps": 2}),
     "ep_vgg9_025.ep_fashion_mnist": _Release(_FASHION_MNIST, {"free_sweeps": 4}, _GREY),
     "ep_vgg9_050.ep_cifar10": _Release(_CIFAR10, {"free_sweeps": 4}),
     "ep_vgg16_025.ep_cifar10": _Release(_CIFAR10, {"free_sweeps": 4}, _AT_32),

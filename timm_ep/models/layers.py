@@ -10,16 +10,15 @@ __all__ = ["EpConv2d", "scale_parameter"]
 
 @torch.no_grad()
 def scale_parameter(module: nn.Module, name: str, factor: float) -> None:
-    """Multiply a parameter by a number, through its parametrization if it has one; frozen ones stay.
+    """Multiply a parameter by a number, through its parametrization if it has one.
 
     Raises:
         NotImplementedError: a parametrization that does not say what gives another value.
     """
-    if not is_parametrized(module, name):
-        parameter = module.get_parameter(name)
-        parameter.mul_(factor if parameter.requires_grad else 1)
-    elif any(parameter.requires_grad for parameter in module.get_submodule(f"parametrizations.{name}").parameters()):
+    if is_parametrized(module, name):
         setattr(module, name, getattr(module, name) * factor)
+    else:
+        module.get_parameter(name).mul_(factor)
 
 
 class EpConv2d(nn.Module):

@@ -41,7 +41,7 @@ class MeasuresSettling:
     def cap_couplings(self: Any, limit: float, size: tuple[int, int]) -> None:
         """Scale the kernels of layers above the first down until their couplings are at most `limit`.
 
-        Those whose size is frozen (the gain, or a plain kernel) stay.
+        Those of which nothing learns, neither weights nor gains, stay.
 
         To be called after an optimizer's step, every now and then: a strongly coupled net is not to train itself out of
         the range where it settles. Below ½ that is certain for linear pooling (`timm_ep.core.coupling`).
@@ -55,5 +55,6 @@ class MeasuresSettling:
         if self._output_settles:
             kernels.append((self.head.fc, "weight"))
         for (module, name), coupling in list(zip(kernels, self.couplings(size), strict=True))[1:]:
-            if coupling > limit:
+            learns = any(value.requires_grad for part, value in module.named_parameters() if "bias" not in part)
+            if coupling > limit and learns:
                 scale_parameter(module, name, limit / coupling)

@@ -1,6 +1,7 @@
 """How well a model classifies: on test data while it trains, and again once it is saved."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -140,7 +141,7 @@ class Validate(Options):
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
         names = label_names(model)
         data = open_data(*images_of(self.run_folder, facts, self.dataset, self.data_dir), names)
-        if self.dataset is None:
+        if self.dataset is None and self.data_dir is None:
             data = without_bad_images(data, self.run_folder)
         tell_notes(data)
         if list(data.classes) != names:
@@ -167,14 +168,20 @@ def label_names(model: Any) -> list[str]:
 
 
 def without_bad_images(data: DataSource, run: Path) -> DataSource:
-    """The images but those that a run left out as they could not be read, which is noted."""
+    """The run's images but those that it left out as they could not be read, which is noted.
+
+    Raises:
+        ValueError: there are no others.
+    """
     listed = run / BAD_IMAGES_NAME
     if not listed.is_file():
         return data
     lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = without_images(data, [line.partition(": ")[0] for line in lines])
+    kept = without_images(data, [line[: colon.start()] for line in lines for colon in re.finditer(": ", line)])
     if not (count := len(data.test) - len(kept.test)):
         return data
+    if not len(kept.test):
+        raise ValueError(f"None of the test images could be read in training, see {listed}; name others by --dataset.")
     return replace(kept, notes=(*kept.notes, f"{count} test images are left out, as in training: see {listed}"))
 
 
@@ -199,5 +206,6 @@ def images_of(
     dataset = facts.dataset if facts else told.get("dataset")
     if not dataset:
         raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")
-    data_dir = data_dir or told.get("data_dir")
+    if data_dir is None and dataset != "digits":  # which are embedded, whatever else was said
+        data_dir = told.get("data_dir")
     return dataset, None if data_dir is None else Path(data_dir)

@@ -91,7 +91,7 @@ def with_lost_classes(source: DataSource, before: Any, after: Any, what: str) ->
         after: those that are left.
         what: is true of those that are left.
     """
-    lost = set(labels_of(before) or ()) - set(labels_of(after) or ())
+    lost = (set(labels_of(before) or ()) - set(labels_of(after) or ())).intersection(range(len(source.classes)))
     if not lost:
         return source
     names = ", ".join(source.classes[label] for label in sorted(lost))

@@ -280,7 +280,7 @@ class TrainingOptions(Options):
                 f"teacher={self.teacher} has nothing to teach: set the weight of distill_features or distill_logits."
             )
         for name in ("teacher_checkpoint", "teacher_img_size", "teacher_args", "cache_teacher"):
-            if getattr(self, name) and not self.teacher:
+            if getattr(self, name) and not self.teacher and not self.resume:  # as an older run may have it
                 raise ValueError(f"{name}={getattr(self, name)} is of a teacher, and there is none; give --teacher.")
         if isinstance(self.teacher, list) and self.teacher_checkpoint is not None:
             raise ValueError(

@@ -102,7 +102,8 @@ class Predict(Options):
     ) -> Iterator[tuple[str, Image.Image]]:
         if self.images is None:
             data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir), names)
-            data = without_bad_images(data, self.run_folder)
+            if self.data_dir is None:
+                data = without_bad_images(data, self.run_folder)
             tell_notes(data)
             for index in range(min(5, len(data.test))):
                 image, label = data.test[index]
