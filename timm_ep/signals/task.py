@@ -26,6 +26,12 @@ class _Objective(nn.Module):
         self.model: Any = model
         self.signals, self.criterion = signals, criterion
 
+    @property
+    def beside_model(self) -> nn.ModuleDict:
+        """What learns beside the model: the signals, and a criterion with parameters of its own."""
+        learns = isinstance(self.criterion, nn.Module) and any(True for _ in self.criterion.parameters())
+        return nn.ModuleDict({**self.signals, **({"criterion": self.criterion} if learns else {})})
+
     def no_weight_decay(self) -> set[str]:
         """As the model's, for timm's optimizer factory."""
         listed = getattr(self.model, "no_weight_decay", set)
@@ -60,8 +66,7 @@ class _Objective(nn.Module):
                 free.update(losses)
             return losses["loss"]
 
-        own = [parameter for name, parameter in self.named_parameters() if not name.startswith("model.")]
-        loss, _ = self.model.live_loss(images, objective, own)
+        loss, _ = self.model.live_loss(images, objective, self.beside_model.parameters())
         return {**free, "loss": loss}
 
     def losses(self, states: Sequence[Tensor], target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
@@ -186,28 +191,21 @@ class EpTask(ClassificationTask):
             return self.trainable_module_ema.module if self.has_ema() else None
         return self.model
 
-    @property
-    def _beside_model(self) -> nn.ModuleDict:
-        """What learns beside the model: the signals, and a criterion with parameters of its own."""
-        criterion = self._objective.criterion
-        learns = isinstance(criterion, nn.Module) and any(True for _ in criterion.parameters())
-        return nn.ModuleDict({**self.signals, **({"criterion": criterion} if learns else {})})
-
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The parameters of the signals, and those of the criterion."""
-        return {} if ema else dict(self._beside_model.state_dict())
+        return {} if ema else dict(self._objective.beside_model.state_dict())
 
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Restore the parameters of the signals, and those of the criterion."""
         if not ema:
-            self._beside_model.load_state_dict(state or {}, strict=strict)
+            self._objective.beside_model.load_state_dict(state or {}, strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """All that is trained; adaptive clipping leaves out the model's read-out, its last two parameters."""
         model = list(self.model.parameters())
-        return [*(model[:-2] if exclude_head else model), *self._beside_model.parameters()]
+        return [*(model[:-2] if exclude_head else model), *self._objective.beside_model.parameters()]
 
     def forward(self, input: Tensor, target: Tensor, taught: TeacherOutput | None = None) -> dict[str, Tensor]:
         """Losses and logits.

@@ -140,10 +140,7 @@ class Validate(Options):
         """
         model, facts = load_run(self.run_folder, self.device, self.sweeps)
         names = label_names(model)
-        data = open_data(*images_of(self.run_folder, facts, self.dataset, self.data_dir), names)
-        if self.dataset is None and self.data_dir is None:
-            data = without_bad_images(data, self.run_folder)
-        tell_notes(data)
+        data = open_tested(self.run_folder, facts, names, self.dataset, self.data_dir)
         if list(data.classes) != names:
             raise ValueError(
                 f"{self.run_folder} knows the classes {names[:10]!a}; the images have {data.classes[:10]!a}."
@@ -167,7 +164,31 @@ def label_names(model: Any) -> list[str]:
     return [same_name(name) for name in names] if names else [str(index) for index in range(model.num_classes)]
 
 
-def without_bad_images(data: DataSource, run: Path) -> DataSource:
+def open_tested(
+    run: Path, facts: RunFacts | None, names: list[str], dataset: str | None = None, data_dir: Path | None = None
+) -> DataSource:
+    """The images to test a run on, and a word on what of them is left out.
+
+    Args:
+        run: its folder.
+        facts: of the run, if it ended.
+        names: of the model's classes.
+        dataset: others than those of the run.
+        data_dir: where they are, if not where the run had them.
+
+    Raises:
+        ValueError: the dataset is not known, its classes differ, or none of it could be read in training; see
+            `timm_ep.data.datasets.open_data`.
+    """
+    data = open_data(*images_of(run, facts, dataset, data_dir), names)
+    if dataset is None and data_dir is None:
+        data = _without_bad_images(data, run)
+    for note in data.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return data
+
+
+def _without_bad_images(data: DataSource, run: Path) -> DataSource:
     """The run's images but those that it left out as they could not be read, which is noted.
 
     Raises:
@@ -183,12 +204,6 @@ def without_bad_images(data: DataSource, run: Path) -> DataSource:
     if not len(kept.test):
         raise ValueError(f"None of the test images could be read in training, see {listed}; name others by --dataset.")
     return replace(kept, notes=(*kept.notes, f"{count} test images are left out, as in training: see {listed}"))
-
-
-def tell_notes(data: DataSource) -> None:
-    """Print what the user should know of the images before they are looked at."""
-    for note in data.notes:
-        print(f"warning: {note}", file=sys.stderr)
 
 
 def images_of(

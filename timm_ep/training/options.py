@@ -265,8 +265,8 @@ class TrainingOptions(Options):
             read.append((name, getattr(self, name)))
         for name, value in read:
             path = Path(str(value).removeprefix("local-dir:")).resolve()
-            named = value is None or not (isinstance(value, Path) or path.exists())
-            if not named and path.is_relative_to(self.output.resolve()):
+            lies_there = path.is_relative_to(self.output.resolve())
+            if lies_there and value is not None and (isinstance(value, Path) or path.exists()):  # else a name of timm
                 raise ValueError(
                     f"overwrite would discard {name}={value}, in output={self.output}; choose another output."
                 )

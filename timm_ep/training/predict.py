@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 
 from timm_ep.base.options import Options
-from timm_ep.data.datasets import open_data
 from timm_ep.data.folders import files_below, is_picture, passed_over_line
 from timm_ep.data.pictures import IMAGE_ERRORS, open_picture
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub.cards import RunFacts
-from timm_ep.training.evaluate import images_of, label_names, load_run, tell_notes, without_bad_images
+from timm_ep.training.evaluate import label_names, load_run, open_tested
 
 Answer = list[tuple[str, float]]
 
@@ -101,10 +100,7 @@ class Predict(Options):
         self, facts: RunFacts | None, names: list[str], unreadable: list[str]
     ) -> Iterator[tuple[str, Image.Image]]:
         if self.images is None:
-            data = open_data(*images_of(self.run_folder, facts, data_dir=self.data_dir), names)
-            if self.data_dir is None:
-                data = without_bad_images(data, self.run_folder)
-            tell_notes(data)
+            data = open_tested(self.run_folder, facts, names, data_dir=self.data_dir)
             for index in range(min(5, len(data.test))):
                 image, label = data.test[index]
                 yield f"test image {index} (a {data.classes[label]})", image
