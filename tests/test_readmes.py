@@ -62,7 +62,7 @@ def test_commands_and_options_exist(readme):
     for line in lines:
         command = re.search(r"(?:timm-ep|-m timm_ep) ([a-z]+)(.*)", line.partition("#")[0])
         if command and command[1] != "run":
-            module, kind = COMMANDS[command[1]]
+            module, kind, _ = COMMANDS[command[1]]
             known = {field.name for field in fields(getattr(import_module(module), kind))} | {"config", "help"}
             options = re.findall(r"--([a-z-]+)", command[2])
             assert {option.replace("-", "_") for option in options} <= known, line

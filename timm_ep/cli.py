@@ -17,26 +17,30 @@ from timm_ep.hub.redaction import holds_secret, redacted
 
 # Imported only when asked for: help and errors are to be quick.
 COMMANDS = {
-    "train": ("timm_ep.training.trainer", "Trainer"),
-    "validate": ("timm_ep.training.evaluate", "Validate"),
-    "predict": ("timm_ep.training.predict", "Predict"),
-    "convert": ("timm_ep.training.convert", "Convert"),
-    "export": ("timm_ep.hub.graphs", "Export"),
-    "plot": ("timm_ep.hub.curves", "Plot"),
-    "study": ("timm_ep.studies.study", "Study"),
-    "gradcheck": ("timm_ep.studies.gradcheck", "Gradcheck"),
-    "benchmark": ("timm_ep.studies.benchmark", "Benchmark"),
-    "cost": ("timm_ep.studies.cost", "Cost"),
-    "scaling": ("timm_ep.studies.scaling", "Scaling"),
-    "analog": ("timm_ep.studies.analog", "Analog"),
-    "card": ("timm_ep.hub.cards", "Card"),
-    "publish": ("timm_ep.hub.publishing", "Publish"),
-    "pull": ("timm_ep.hub.publishing", "Pull"),
+    "train": ("timm_ep.training.trainer", "Trainer", "train, resume or fine-tune a model"),
+    "validate": ("timm_ep.training.evaluate", "Validate", "test a saved run again"),
+    "predict": ("timm_ep.training.predict", "Predict", "classify images with a saved run"),
+    "convert": ("timm_ep.training.convert", "Convert", "make a start for EP of a trained VGG of timm"),
+    "export": ("timm_ep.hub.graphs", "Export", "write a model's inference as ONNX or an exported program"),
+    "plot": ("timm_ep.hub.curves", "Plot", "draw runs side by side"),
+    "study": ("timm_ep.studies.study", "Study", "table and figures of many runs"),
+    "gradcheck": ("timm_ep.studies.gradcheck", "Gradcheck", "compare EP's gradient with the exact one, layer by layer"),
+    "benchmark": ("timm_ep.studies.benchmark", "Benchmark", "time EP beside backprop, BPTT and the literature's EP"),
+    "cost": ("timm_ep.studies.cost", "Cost", "a step's time and memory by EP and BPTT, over the sweeps"),
+    "scaling": ("timm_ep.studies.scaling", "Scaling", "a step's time and memory over batch, pixels, depth and width"),
+    "analog": ("timm_ep.studies.analog", "Analog", "what an update takes of an analog device"),
+    "card": ("timm_ep.hub.cards", "Card", "write a model's card"),
+    "publish": ("timm_ep.hub.publishing", "Publish", "publish a run on the Hugging Face Hub"),
+    "pull": ("timm_ep.hub.publishing", "Pull", "download a model from the Hub and check it"),
 }
 
-_USAGE = f"""usage: timm-ep {{{",".join(COMMANDS)}}} …
-       timm-ep run SCRIPT …      (a script or module of timm's, unmodified, with the models of this package)
-Options of a command: timm-ep COMMAND --help
+_SUMMARIES = "\n".join(f"  {name:<11}{summary}" for name, (*_, summary) in COMMANDS.items())
+_USAGE = f"""usage: timm-ep COMMAND …
+
+{_SUMMARIES}
+  run        run a script or module of timm's, unmodified, with the models of this package
+
+Options of a command: timm-ep COMMAND --help. --img-size is --img_size; --model-args.tol 0.02 sets one entry of a dict.
 """
 
 # Errors whose messages are written for users.
@@ -68,7 +72,7 @@ def _main(words: list[str]) -> None:
         message = "an option holds an access token or a password, which would end in logs and in the shell's history"
         sys.stderr.write(f"timm-ep {name}: error: {message}; log in with `hf auth login` or set HF_TOKEN.\n")
         sys.exit(2)
-    module, command = COMMANDS[name]
+    module, command, _ = COMMANDS[name]
     kind = getattr(import_module(module), command)
     parser = ArgumentParser(prog=f"timm-ep {name}")
     parser.add_argument("--config", action="config", help="YAML file with any of these options; others override it")

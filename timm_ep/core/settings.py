@@ -29,12 +29,12 @@ class Settings:
             settle; 1 is the literature's net; 0 is the feedforward net, where EP is backpropagation.
         free_sweeps: updates of every layer in the free phase, at most. From the feedforward start two (down, then up)
             account for feedback to first order in λ, and every further pair for one order more. Six give every layer of
-            the nets that were measured (`scripts/README.md`) a gradient cosine of 0.99 to the exact one. Accuracy
-            changes little from two on.
+            nearly all nets that were measured (`scripts/README.md`) a gradient cosine of 0.99 to the exact one, of the
+            others 0.98. Accuracy changes little from two on.
         nudged_sweeps: updates of every layer in the nudged phase, at most. The first carries the nudge from the last
             layer to the first, two more (up, then down) add the first order in λ. In the other orders of `update` a
-            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; that it does not come down to every
-            layer that learns is a warning.
+            nudge moves by one layer (`synchronous`) or two (`odd-even`) a sweep; a warning says where it does not
+            reach every layer that learns.
         beta: β ≠ 0, the nudging strength, relative to the largest |∂L/∂s| of each sample. Small, because the one-sided
             estimate has a bias of order β and the difference form loses nothing at small β: states of deep layers can
             be as small as 1e-4 at init, and a nudge larger than a state runs into its bound. Negative nudges away.
@@ -83,9 +83,9 @@ class Settings:
         relative_drive_noise: the same over the pre-activation.
         noise: `fresh`: new numbers at every update, independent in both phases. `frozen`: the same for every image,
             update and phase: neurons that differ from each other, as they were made.
-        state_bits: of a state in [0, 1] as it is kept and read; 0 for all.
-        weight_bits: of a kernel between minus and plus its largest entry; 0 for all. Gradients pass to the parameters
-            as if there were no rounding.
+        state_bits: bits of a state in [0, 1] as it is kept and read; 0 for full precision.
+        weight_bits: bits of a kernel between minus and plus its largest entry; 0 for full precision. Gradients
+            pass to the parameters as if there were no rounding.
         rounding: `nearest`, or `stochastic`: up or down, the nearer the likelier.
         feedback_mismatch: standard deviation of a feedback weight over the forward weight, fixed: feedback that is not
             the transpose. The energy is then only nearly one.

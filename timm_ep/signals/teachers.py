@@ -2,6 +2,7 @@
 
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from timm_ep.base.channels import channel_values
 from timm_ep.base.text import same_name
-from timm_ep.models.named import create_named
+from timm_ep.models.named import check_known, create_named
 
 __all__ = [
     "Teacher",
@@ -26,6 +27,7 @@ __all__ = [
     "TeacherOutput",
     "check_teacher",
     "create_teacher",
+    "fingerprint",
     "load_trained",
 ]
 
@@ -153,6 +155,14 @@ class TeacherEnsemble(nn.Module):
         return TeacherOutput((), torch.stack(logs).logsumexp(0) - math.log(len(logs)))
 
 
+def fingerprint(teacher: nn.Module) -> int:
+    """Of its weights: what tells that a teacher has been trained again."""
+    code = 0
+    for value in teacher.state_dict().values():
+        code = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy(), code)
+    return code
+
+
 def check_teacher(teacher: Any) -> None:
     """Refuse a model that does not know how the student's images are normalised.
 
@@ -263,6 +273,12 @@ def load_trained(
 def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Mapping[str, Any]) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected weights for the teacher {name}.")
+    if ":" in name or Path(name).is_dir():
+        raise ValueError(
+            f"The teacher {name} comes with weights of its own, and a checkpoint, {path}, with others: leave one out, "
+            "or name the model of timm that the checkpoint is of."
+        )
+    check_known(name)
     try:
         state = load_state_dict(str(path), weights_only=True)
     except (RuntimeError, SafetensorError) as error:
@@ -270,7 +286,7 @@ def _load_checkpoint(name: str, path: Path, img_size: int | None, model_args: Ma
             f"{path} is not a file of weights alone, and nothing else is ever unpickled: {error}"
         ) from error
     # Created with the classes of the weights: otherwise timm would replace the head by a random one.
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    cfg = timm.get_pretrained_cfg(name)
     classifier, first_conv = map(_first, (cfg.classifier, cfg.first_conv))
     weight = state.get(f"{classifier}.weight")
     if weight is None:

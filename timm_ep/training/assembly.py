@@ -31,7 +31,7 @@ from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import readout_criterion
 from timm_ep.signals.task import EpTask
-from timm_ep.signals.teachers import Teacher, TeacherCache, TeacherEnsemble, create_teacher
+from timm_ep.signals.teachers import Teacher, TeacherCache, TeacherEnsemble, create_teacher, fingerprint
 from timm_ep.training.checkpoints import CHECKPOINTS_NAME, CheckpointStore, unfinished
 from timm_ep.training.distributed import World, is_primary
 from timm_ep.training.images import RunImages, plain_loader, with_lost_classes
@@ -129,6 +129,10 @@ def _start(options: TrainingOptions) -> dict[str, Any]:
         return {"model_name": options.model, "pretrained": options.pretrained}
     if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).exists():
         path = path.parent
+    if options.resume and not path.exists():
+        raise FileNotFoundError(
+            f"initial_checkpoint={path}, which the run began with, is gone; resuming needs its configuration."
+        )
     architecture = _architecture(options)
     if path.is_file() and path.suffix not in (".safetensors", *PICKLES):
         raise ValueError(
@@ -237,6 +241,13 @@ def create_loop(
             f"{len(samples)} training images are less than one update of {world.size} processes; lower batch_size."
         )
     task = _create_task(options, model, images, world)
+    if task.teacher is not None:
+        identity = {**identity, "teacher": fingerprint(task.teacher)}
+        if state and state["identity"].get("teacher", identity["teacher"]) != identity["teacher"]:
+            raise ValueError(
+                f"The run in {options.output} cannot be resumed: the teacher {options.teacher} has other weights than "
+                "when it began. Give it back its weights, or start a new run in another --output."
+            )
     optimizer = create_optimizer(options, task)
     if options.model_ema:
         task.setup_ema(options.model_ema_decay, use_warmup=options.model_ema_warmup)
@@ -251,22 +262,7 @@ def create_loop(
     if world.size > 1:
         device_ids = None if world.device.type == "cpu" else [world.device.index]
         task.prepare_distributed(device_ids=device_ids)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        **{
-            "sched": options.sched,
-            "num_epochs": options.epochs - options.warmup,
-            "warmup_epochs": options.warmup,
-            "warmup_lr": max(options.layer_lr, default=options.lr) / 100,
-            "warmup_prefix": True,
-            "step_on_epochs": False,
-            "updates_per_epoch": order.updates,
-            **options.sched_kwargs,
-        },
-    )
-    if scheduler is None:  # in timm it is the schedule that applies the scale of layer_decay
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
+    scheduler = _create_scheduler(options, optimizer, order.updates)
     progress = Progress.of(state["progress"]) if state else Progress()
     loop = TrainingLoop(
         options=options,
@@ -301,6 +297,37 @@ def create_loop(
         loop.restore(state)
         loop.log.say(f"going on after update {loop.updates}, in epoch {loop.progress.epoch + 1}")
     return loop
+
+
+def _create_scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, updates: int) -> Any:
+    """timm's schedule over the whole training, of so many updates an epoch; None to leave the learning rate alone."""
+    own = {
+        "sched": options.sched,
+        "warmup_epochs": options.warmup,
+        "warmup_prefix": True,
+        "step_on_epochs": False,
+        "updates_per_epoch": updates,
+    }
+    if taken := sorted(own.keys() & options.sched_kwargs):
+        raise ValueError(
+            f"sched_kwargs has {', '.join(taken)}, which the training sets itself, by the options sched and "
+            "warmup_epochs."
+        )
+    defaults = {
+        "num_epochs": options.epochs - options.warmup,
+        "warmup_lr": max(options.layer_lr, default=options.lr) / 100,
+    }
+    scheduler, epochs = create_scheduler_v2(optimizer, **own, **{**defaults, **options.sched_kwargs})
+    if epochs != options.epochs:
+        raise ValueError(
+            f"sched_kwargs={options.sched_kwargs} make a schedule of {epochs} epochs, and the training has "
+            f"{options.epochs}: give another number of epochs, or in sched_kwargs the num_epochs of one cycle, without "
+            f"warmup ({options.warmup}) and cooldown."
+        )
+    if scheduler is None:  # in timm it is the schedule that applies the scale of layer_decay
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return scheduler
 
 
 def _augmentation(options: TrainingOptions, images: RunImages) -> Any:

@@ -91,10 +91,12 @@ class Guard:
                 f"Layer {worst + 1} of {len(last)} settles worst: its state changes by {float(last[worst]):.2g} of its "
                 f"size in the last of {len(residuals)} free sweeps."
             )
-        parts.append(f"Lower lr={options.lr:g}" + ("" if options.clip_grad else ", or set clip_grad"))
+        lower = f"lower lr={options.lr:g}" + ("" if options.clip_grad else ", or set clip_grad")
+        settle = ""
         if residuals.numel() and isinstance(model, EpVgg):
-            parts[-1] += (
-                f"; if the residual is above about 0.1, lower feedback={model.feedback:g} or raise "
-                f"free_sweeps={model.free_sweeps} with model_args"
-            )
-        return " ".join(parts) + "."
+            settle = f"lower feedback={model.feedback:g} or raise free_sweeps={model.free_sweeps} with model_args"
+        if settle and self.residual > options.max_residual:
+            advice = f"Raise max_residual={options.max_residual:g}, or {settle}; if it settled at first, {lower}"
+        else:
+            advice = lower.capitalize() + (f"; if the residual is above about 0.1, {settle}" if settle else "")
+        return " ".join([*parts, advice]) + "."

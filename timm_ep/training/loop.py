@@ -272,9 +272,8 @@ class TrainingLoop:
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
         if reason is None:
-            if options.max_coupling and self.updates % options.residual_interval == 0:
-                model: Any = self.task.model
-                model.cap_couplings(options.max_coupling, (images.shape[-2], images.shape[-1]))
+            if self.updates % options.residual_interval == 0:
+                self.cap_couplings(self.task.model)
             self.task.update_ema(self.updates)
         return 15 if stops[0] else 2 if stops[1] else 0
 
@@ -308,8 +307,10 @@ class TrainingLoop:
     def _end_epoch(self) -> None:
         """Validate, write the epoch's row, and save."""
         progress, pulse = self.progress, self._pulse()
-        if self.world.size > 1:
-            distribute_bn(self.task.model, self.world.size, reduce=True)
+        for model in filter(None, (self.task.model, self.task.get_eval_model(ema=True))):
+            if self.world.size > 1:
+                distribute_bn(model, self.world.size, reduce=True)
+            self.cap_couplings(model)
         row: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "lr": pulse.lr,
@@ -346,13 +347,19 @@ class TrainingLoop:
 
     def _diagnose(self) -> None:
         """Measure every layer on the probe."""
-        if self.probe is None or not isinstance(self.task.model, EpVgg):
+        if not isinstance(self.task.model, EpVgg):
             return
         with self.task.no_sync():  # each process for itself: nothing is exchanged
             found = diagnose(self.task, *(tensor.to(self.world.device) for tensor in self.probe))
         epoch = {"epoch": self.progress.epoch + 1}
         self.progress.layers += [{**epoch, **dataclasses.asdict(one)} for one in found.layers]
         self.progress.settling += [{**epoch, **dataclasses.asdict(one)} for one in found.settling]
+
+    def cap_couplings(self, model: Any) -> None:
+        """Hold the couplings of the model, or of the average, at the limit that the options set, if any."""
+        if self.options.max_coupling:
+            height, width = self.probe[0].shape[-2:]
+            model.cap_couplings(self.options.max_coupling, (height, width))
 
     def evaluate(self, loader: Iterable[Any]) -> Evaluation:
         """Test what the training would give: the averaged weights if there are any, else the weights."""

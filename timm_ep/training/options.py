@@ -58,7 +58,8 @@ class TrainingOptions(Options):
         train_images: train on a fixed random subset of this size.
         val_split: share of the training images to set aside, to choose the best epoch by. 0 keeps all for training;
             where the dataset has no validation images of its own, the last epoch is the result. Test images choose
-            nothing: they are looked at once, at the end.
+            nothing and are looked at once, at the end; only where there are none, the validation images are those
+            tested on too.
         bad_images: what to do with damaged images: `stop` at the first, naming it; or `skip` them: all are looked
             through before training, and those that cannot be read are left out and listed in `output`/bad_images.txt.
         img_size: side of the images in pixels; by default the model's.
@@ -94,8 +95,8 @@ class TrainingOptions(Options):
         layer_lr: peak learning rates of the layers, from the first convolution to the read-out, in place of `lr`, as
             the literature has them; signals learn at the read-out's. Only for `ep_vgg*`.
         max_coupling: hold the coupling √λ‖W_l‖ of every layer but the first at or below this, by scaling kernels down,
-            at every `residual_interval`-th update; 0 for never. Below 0.5 a net with linear pooling has one
-            equilibrium for any states and weights (`timm_ep.core.coupling`). Only for `ep_vgg*`.
+            at every `residual_interval`-th update and in what is tested and saved; 0 for never. Below 0.5 a net with
+            linear pooling has one equilibrium for any states and weights (`timm_ep.core.coupling`). Only for `ep_vgg*`.
         weight_decay: on kernels and the classifier, not on gains and biases. The default suits decay apart from the
             gradient (AdamW, Muon, Lion); SGD's, which is added to it, wants about 5e-4.
         sched: timm's schedule of the learning rate, which changes at each update.
@@ -103,7 +104,8 @@ class TrainingOptions(Options):
         warmup_epochs: of linearly rising learning rate, before the schedule.
         criterion: `cross-entropy` or `squared-error` of the output; by default squared error for a read-out inside the
             dynamics (`model_args={"readout": "state"}`), else cross-entropy.
-        smoothing: label smoothing, for cross-entropy.
+        smoothing: label smoothing, for cross-entropy of the output; local errors see it where images are mixed, whose
+            labels are soft for all.
         clip_grad: clip the gradient at this value; none by default.
         clip_mode: what is clipped: the `norm` of the whole gradient, each `value`, or by `agc` each unit's gradient
             relative to its weights.
@@ -306,6 +308,19 @@ class TrainingOptions(Options):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def without_effect(self) -> list[str]:
+        """What is given and changes nothing, as what it belongs to is off."""
+        needs = dict(_BELONGS)
+        if self.sched == "none":
+            needs |= dict.fromkeys(("sched_kwargs", "warmup_epochs"), "a sched")
+        defaults = TrainingOptions()
+        return [
+            f"{name} (without {needed.replace('mixes', 'mixup or cutmix')})"
+            for name, needed in needs.items()
+            if not getattr(self, needed, False) and getattr(self, name) != getattr(defaults, name)
+        ]
+
+    @property
     def interval(self) -> tuple[int | None, float | None]:
         """Updates, and seconds, between checkpoints.
 
@@ -354,6 +369,21 @@ class TrainingOptions(Options):
             if name not in FREE and value != known[name]
         }
 
+
+# What changes nothing while what it belongs to is off.
+_BELONGS = {
+    "local_error_args": "local_error",
+    "distill_features_args": "distill_features",
+    "distill_logits_args": "distill_logits",
+    "clip_mode": "clip_grad",
+    "model_ema_decay": "model_ema",
+    "model_ema_warmup": "model_ema",
+    "amp_dtype": "amp",
+    "mixup_prob": "mixes",
+    "mixup_switch_prob": "mixes",
+    "mixup_mode": "mixes",
+    "mixup_off_epoch": "mixes",
+}
 
 _LEAST = {
     "train_images": 1,

@@ -107,9 +107,11 @@ class Trainer(TrainingOptions):
         return facts
 
     def _tell(self, log: RunLog, images: RunImages, left_out: dict[str, str]) -> None:
-        """What the user should know of the images before they are trained on."""
+        """What the user should know of the options and the images before they are trained on."""
         for note in images.source.notes:
             log.warn(note)
+        if idle := self.without_effect:
+            log.warn(f"without effect: {', '.join(idle)}")
         if images.chooses_by_test:
             log.warn("no test images: the best epoch is chosen by those that it is tested on, which flatters it")
         if left_out:
@@ -171,7 +173,9 @@ class Trainer(TrainingOptions):
             key = "state_dict_ema" if task.has_ema() else "state_dict"
             task.load_checkpoint_state(best[key], best.get("task_state"), ema=task.has_ema())
             loop.log.say(f"the result is that of epoch {progress.best_epoch}, the best in validation")
-        return task.get_eval_model(ema=task.has_ema())
+        model: Any = task.get_eval_model(ema=task.has_ema())
+        loop.cap_couplings(model)  # a run that was stopped may be in between two updates that do
+        return model
 
     def _save_unless_finished(self, model: Any, images: RunImages) -> None:
         """So that it can be used as it is; a finished run that is made longer stays what it was, facts and weights."""
