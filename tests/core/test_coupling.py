@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import hessian
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -36,12 +37,12 @@ def plain_equilibrium(x, kernels, biases, pooled, ranges, steps=300):
         states.append(below)
     for _ in range(steps):
         new = []
-        for layer, state in enumerate(states):
+        for layer in range(len(states)):
             u = drive(layer, states[layer - 1] if layer else x) + biases[layer].view(1, -1, 1, 1)
             if layer + 1 < len(states):
                 pull = F.interpolate(states[layer + 1], scale_factor=2) / 4 if pooled[layer + 1] else states[layer + 1]
                 u = u + F.conv_transpose2d(pull, kernels[layer + 1], padding=1)
-            new.append(u.clamp(0, ranges[layer]) + 0 * state)
+            new.append(u.clamp(0, ranges[layer]))
         states = new
     return states
 
@@ -252,6 +253,25 @@ def test_kernels_of_which_nothing_learns_are_not_capped_and_parametrized_ones_ar
     other.requires_grad_(False)
     other.cap_couplings(limit / 2, (4, 4))
     assert other.couplings((4, 4)) == pytest.approx(free.couplings((4, 4)), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_kernels_that_hooks_compute_are_capped_by_what_they_are_computed_from():
+    def net():
+        return EpVgg((4, "M", 5, 6, "M"), num_classes=4, normalise_kernels=False, feedback=1.0)
+
+    images = torch.rand(2, 3, 12, 12)
+    for hook in (lambda layer: prune.random_unstructured(layer, "weight", 0.5), torch.nn.utils.weight_norm):
+        model = net()
+        hook(model.layers[1])
+        limit = model.couplings((12, 12))[1] / 2
+        model.cap_couplings(limit, (12, 12))
+        assert model.couplings((12, 12))[1] == pytest.approx(limit, rel=0.02)
+        F.cross_entropy(model(images), torch.tensor([0, 1])).backward()
+    model = net()
+    torch.nn.utils.spectral_norm(model.layers[1])
+    with pytest.raises(NotImplementedError, match="weight is not a parameter"):
+        model.cap_couplings(0.01, (12, 12))
 
 
 def test_an_output_that_settles_is_capped_too():

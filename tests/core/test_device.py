@@ -14,6 +14,7 @@ SYNCHRONOUS = {"update": "synchronous", "free_sweeps": 25, "nudged_sweeps": 15, 
 DISTURBANCES = {
     "few bits": {"state_bits": 10, "weight_bits": 5, "beta": 2.0},
     "mismatched feedback": {"feedback_mismatch": 0.2},
+    "from zero": {"start": "zero", "state_bits": 10, "beta": 2.0},
     "neurons that differ": {
         "noise": "frozen",
         "state_noise": 0.02,
@@ -86,6 +87,8 @@ def plain_gradient(model, x, y, loss):
     for layer in range(depth):
         below = (drive(layer, below, used[layer]) + biases[layer]).clamp(0, 1)
         states.append(below)
+    if s.start == "zero":
+        states = [torch.zeros_like(state) for state in states]
     free = settle(states, s.free_sweeps, [0.0] * depth)
     leaves = [state.clone().requires_grad_() for state in free]
     forces = torch.autograd.grad(loss(model, leaves, y), leaves, materialize_grads=True)
@@ -144,6 +147,18 @@ def test_fresh_noise_is_independent_and_as_large_as_asked_for():
         assert (one[0] - other[0])[inside].std().item() == pytest.approx(0.01 * 2**0.5, rel=0.2)
         model.noise = "frozen"
         assert torch.equal(model.equilibrium(x)[0], model.equilibrium(x)[0])
+
+
+def test_stochastic_rounding_of_states_is_drawn_anew_and_right_on_average():
+    once = {"update": "synchronous", "free_sweeps": 1}
+    model, (x, _) = make_net(4, 0.3, state_bits=4, rounding="stochastic", **once), make_batch()
+    with torch.no_grad():
+        drawn = [model.equilibrium(x)[0] for _ in range(200)]
+        model.state_bits = 0
+        exact = model.equilibrium(x)[0]
+    assert len(drawn[0].unique()) <= 16
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (torch.stack(drawn).mean(0) - exact).abs().max() < 0.2 / 15 + 3 / 15 / 200**0.5
 
 
 def test_rounding():

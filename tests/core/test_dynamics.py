@@ -12,7 +12,7 @@ from conftest import make_batch, make_net
 from timm_ep.core.energy import energy
 from timm_ep.core.equilibrium import with_short_products
 from timm_ep.core.free_phase import free_phase
-from timm_ep.core.nudged_phase import coordinate_scales, nudged_phase
+from timm_ep.core.nudged_phase import nudged_phase, nudged_states
 from timm_ep.core.settings import Settings
 from timm_ep.studies.reference import Reference
 
@@ -71,15 +71,18 @@ def test_synchronous_steps_from_zero_are_the_reference_steps(pool):
 
 @pytest.mark.parametrize("states_only", [False, True])
 @pytest.mark.parametrize("update", ["sweep", "odd-even", "synchronous"])
-def test_reused_products_and_maps_change_nothing(update, states_only):
+@pytest.mark.parametrize("start", ["feedforward", "zero"])
+def test_reused_products_and_maps_change_nothing(start, update, states_only):
     """Sweeps that keep products, and compute in the maps of those that are spent, equal ones that compute all afresh.
 
     Under max pooling only the fixed point is the same: on the way, winners follow the newest drive.
     """
-    model, (x, _) = make_net(9, feedback=0.5, update=update), make_batch()
+    model, (x, _) = make_net(9, feedback=0.5, update=update, start=start), make_batch()
     reference = Reference.of(model)
     with torch.no_grad():
-        plain = list(settle(model, x, free_sweeps=0))
+        plain = list(settle(model, x, start="feedforward", free_sweeps=0))
+        if start == "zero":
+            plain = [torch.zeros_like(state) for state in plain]
         for sweep in range(5):
             groups = {
                 "synchronous": [list(range(9))],
@@ -126,8 +129,7 @@ def nudge(model, x, beta, **kwargs):
         forces = [torch.randn_like(s) for s in free.states]
         drives = [model.net().drive(i, free.states[i - 1] if i else x) for i in range(4)]
         nudged = nudged_phase(model.net(), free._replace(drives=drives), forces, settings, beta)
-        scales = coordinate_scales(settings, beta, 4, torch.float64)
-    states = [s + d / c for s, d, c in zip(free.states, nudged.deltas, scales, strict=True)]
+    states = nudged_states(free, nudged)
     return free.states, states, lambda at: sum((s * f).sum() for s, f in zip(at, forces, strict=True))
 
 

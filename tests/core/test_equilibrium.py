@@ -38,8 +38,11 @@ def cosines(ours, exact):
 @pytest.mark.parametrize("depth", [4, 9])
 @pytest.mark.parametrize("feedback", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("pool", ["avg", "max"])
-def test_one_sided_gradient_is_exact(pool, feedback, depth):
-    """Cosine ≥ 0.9999 and norm within 1 % of autograd through the converged settling, for every parameter and x."""
+@pytest.mark.parametrize("piece", [2**17, 16])
+def test_one_sided_gradient_is_exact(piece, pool, feedback, depth, monkeypatch):
+    """Cosine ≥ 0.9999 and norm within 1 % of autograd through the converged settling, for every parameter and x;
+    whether maps are summed as a whole, as small ones are, or piece by piece."""
+    monkeypatch.setattr("timm_ep.core.nudged_phase._PIECE", piece)
     model, (x, y) = make_net(depth, 0.2, pool=pool, feedback=feedback, beta=1e-6), make_batch()
     model.free_sweeps = model.nudged_sweeps = 200
     assert model.free_residual(x)[-1] < 1e-10
@@ -162,6 +165,22 @@ def test_gradient_is_linear_in_the_scale_of_the_loss(dtype):
             assert (scaled[name] / 10.0**exponent - grad).norm() <= tolerance * grad.norm(), (name, exponent)
 
 
+def test_samples_without_a_loss_do_not_drown_the_others_in_short_products():
+    """float16 begins at 6e-8: weights of samples are relative to the largest magnitude, whatever the others have."""
+    model = make_net(4, feedback=0.02, dtype=torch.float32)
+    x, y = make_batch(dtype=torch.float32)
+    y[0] = -100
+    exact = gradients_of_read_out(model, x, y, 1e-6)
+    model.products = "float16"
+    for name, ours in gradients_of_read_out(model, x, y, 1e-6).items():
+        assert_close(ours, exact[name], rtol=0, atol=0.01 * exact[name].abs().max().item())
+
+
+def gradients_of_read_out(model, x, y, scale):
+    loss = scale * F.cross_entropy(model(x), y)
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
 def test_zero_in_zero_out():
     model, (x, y) = make_net(4), make_batch()
     for name, grad in gradients(model, x, y, scale=0.0).items():
@@ -190,7 +209,7 @@ def test_low_precision_keeps_the_direction(dtype, least):
     exact = gradients(model, x, y)
     low = gradients(copy.deepcopy(model).to(dtype), x.to(dtype), y)
     for name, cosine in cosines(low, exact).items():
-        if name.endswith(("weight", "bias", "gain")):
+        if name != "x":
             assert cosine >= least, name
 
 
@@ -291,16 +310,6 @@ def test_frozen_parameters_get_no_gradient():
     assert missing == {name for name, grad in exact.items() if grad is None}
 
 
-def test_accumulated_batches_add_up():
-    """Per-sample independence: two half batches give the gradient of the whole."""
-    model, (x, y) = make_net(4, feedback=0.3, beta=1e-9), make_batch(batch=4)
-    whole = gradients(model, x, y)
-    halves = [gradients(model, x[i : i + 2], y[i : i + 2], scale=0.5) for i in (0, 2)]
-    for name in whole:
-        if name != "x":
-            assert_close(halves[0][name] + halves[1][name], whole[name], rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("update", ["synchronous", "odd-even"])
 @pytest.mark.parametrize("depth", [4, 9])
 def test_a_nudge_that_does_not_come_down_is_told(update, depth):
@@ -351,6 +360,16 @@ def test_only_layers_that_learn_are_waited_for():
             F.cross_entropy(model(x), y).backward()
         model.layers[:2].requires_grad_(False)
         F.cross_entropy(model(x), y).backward()
+    model.state_noise = 0
+    model.layers[:2].requires_grad_(False)
+    for parts in (("weight", "gain"), ("bias",)):  # either part of a coupling is worth waiting for, and so are images
+        for part in parts:
+            getattr(model.layers[1], part).requires_grad_(True)
+        with pytest.warns(UserWarning, match="does not reach 1 of 4 layers"):
+            F.cross_entropy(model(x), y).backward()
+        model.layers[:2].requires_grad_(False)
+    with pytest.warns(UserWarning, match="does not reach 1 of 4 layers"):
+        F.cross_entropy(model(x.clone().requires_grad_()), y).backward()
 
 
 @pytest.mark.parametrize("update", ["synchronous", "odd-even", "sweep"])
@@ -373,5 +392,9 @@ def test_layers_between_forces_are_missed_as_well(update, pulled):
 
 def test_forward_mode_is_refused():
     model, (x, _) = make_net(4, 0.5), make_batch()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"forward_ad.*gradient = 'bptt'"):
-        model(forward_ad.make_dual(x, torch.ones_like(x)))
+    live = make_net(4, 0.5, preset="classic")
+    with forward_ad.dual_level():
+        moved = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (model, lambda x: live.live_loss(x, lambda states: states[-1].mean())):
+            with pytest.raises(NotImplementedError, match=r"forward_ad.*gradient = 'bptt'"):
+                call(moved)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from conftest import make_batch, make_net
 from timm_ep import EpVgg, Settings
 from timm_ep.core.free_phase import free_phase, phase_at
-from timm_ep.core.nudged_phase import coordinate_scales, nudged_phase, nudged_states
+from timm_ep.core.nudged_phase import nudged_phase, nudged_states
 from timm_ep.core.settings import PRESETS
 from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.signals.losses import SquaredError, readout_criterion
@@ -128,8 +128,7 @@ def test_states_are_those_of_the_published_algorithm_after_every_step(depth, poo
                 settings = dataclasses.replace(model.settings, nudged_sweeps=step)
                 held = phase_at(net, x, free.states, 1.0)
                 nudged = nudged_phase(net, held, forces, settings, beta)
-                scales = coordinate_scales(settings, beta, len(states), x.dtype)
-                assert_close(tuple(nudged_states(held, nudged, scales)), tuple(states), **TOLERANCE)
+                assert_close(tuple(nudged_states(held, nudged)), tuple(states), **TOLERANCE)
 
 
 @pytest.mark.parametrize("feedback", [1.0, 0.3])
@@ -424,8 +423,30 @@ def test_squared_error_trains_an_output_inside_the_dynamics(tmp_path):
     """Chance is 10 %. At a small learning rate: an output that a large one drives below 0 for all images is stuck."""
     options = {"train_images": 640, "epochs": 4, "lr": 5e-4, "quiet": True}
     assert Trainer(output=tmp_path / "one", model_args={"readout": "state"}, **options).run().top1 > 30
-    with pytest.raises(ValueError, match=r"smoothing=0\.1 is of cross-entropy"):
+    with pytest.raises(ValueError, match=r"'smoothing': 0\.1} are of cross-entropy"):
         Trainer(output=tmp_path / "other", model_args={"readout": "state"}, smoothing=0.1, train_images=64).run()
+
+
+@pytest.mark.parametrize("nudging", ["one-sided", "centered"])
+def test_a_read_out_that_is_parametrized_learns_under_a_cache_too(nudging):
+    """`parametrize.cached()` computes its weight once, in the first call of the loss."""
+    model, (x, y) = make_net(4, 0.5, preset="classic", nudging=nudging, free_sweeps=20), make_batch()
+    torch.nn.utils.parametrizations.weight_norm(model.head.fc)
+    found = []
+    for context in (nullcontext(), torch.nn.utils.parametrize.cached()):
+        model.zero_grad()
+        with context:
+            loss, _ = model.live_loss(x, lambda states: F.cross_entropy(model.output(states), y))
+            loss.backward()
+        found.append([parameter.grad for parameter in model.head.parameters()])
+    assert all(gradient.norm() > 0 for gradient in found[0])
+    assert_close(found[1], found[0])
+
+
+def test_a_loss_that_is_no_tensor_is_named():
+    model, (x, _) = make_net(4, 0.5, preset="classic", free_sweeps=2), make_batch()
+    with pytest.raises(ValueError, match="The loss is a float; expected a scalar tensor"):
+        model.live_loss(x, lambda states: states[-1].mean().item())
 
 
 @pytest.mark.parametrize(("feedback", "drowns"), [(1.0, False), (0.02, True), (0.0, False)])

@@ -32,8 +32,8 @@ def gradients(model, x, y, monkeypatch, disturb=None):
     model = copy.deepcopy(model)
     real = MODULES[0].contrast
 
-    def between(net, x, free, nudged, settings, beta, needed, *weights):
-        return real(*(disturb or (lambda *same: same))(net, x, free, nudged), settings, beta, needed, *weights)
+    def between(net, x, free, nudged, *others):
+        return real(*(disturb or (lambda *same: same))(net, x, free, nudged), *others)
 
     with monkeypatch.context() as patch:
         for module in MODULES:

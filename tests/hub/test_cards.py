@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,7 @@ def test_a_twin_is_the_same_net_on_the_same_data(tmp_path, wrong):
     run = make_run(tmp_path / "run")
     (tmp_path / "twin").mkdir()
     wrong.save(tmp_path / "twin" / "results.json")
-    with pytest.raises(ValueError, match="the twin is ep_vgg5_025 on torch/cifar10 by backprop"):
+    with pytest.raises(ValueError, match="expected ep_vgg5_025 on torch/cifar10 by backprop"):
         prepare(run, tmp_path / "folder", "alice/x", twin=tmp_path / "twin")
     assert not (tmp_path / "folder").exists()
 
@@ -241,6 +241,13 @@ def test_secrets_are_redacted(monkeypatch, tmp_path):
         assert redacted(harmless) == harmless
     monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
     assert redacted("x of-no-known-form") == "x ***"
+    for placeholder in ("test", "0", " ", "of-no-known-form "):  # the last as a file with a newline gives it
+        monkeypatch.setenv("HF_TOKEN", placeholder)
+        facts = make_facts(command="with of-no-known-form")
+        facts.save(tmp_path / "placeholder.json")
+        shown = "with ***" if "known" in placeholder else "with of-no-known-form"
+        assert RunFacts.load(tmp_path / "placeholder.json") == replace(facts, command=shown)
+    monkeypatch.setenv("HF_TOKEN", "of-no-known-form")
     facts = make_facts(command=f"timm-ep train --token {SECRET} of-no-known-form")
     facts.save(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["command"] == "timm-ep train --token *** ***"
@@ -370,6 +377,8 @@ def test_folders_of_a_machine_are_not_published(tmp_path):
         ("hfds//home/al/x/data", "hfds/data"),
         ("/home/o'brien/secret/x", "x"),
         ("/home/al/[x]/y", "y"),
+        ("file:///home/al/x", "x"),
+        ("{'checkpoint': '/home/al/w.pth'}", "{'checkpoint': 'w.pth'}"),
         ("/home/al//secret/run", "run"),
         ("~al/x, resnet18, /mnt/a/b", "~al/x, resnet18, b"),
         ("runs/[x]/y/z", "runs/[x]/y/z"),

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader
 
 from hub_client import Client
 from hub_server import HubServer
-from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_run, pickled_weights
+from runs import LABELS, SETTINGS, Bomb, changed_config, changed_weights, make_facts, make_run, pickled_weights
 from timm_ep import cli
 from timm_ep.data.datasets import open_data
 from timm_ep.data.transforms import run_transform
 from timm_ep.hub import publishing as hub
+from timm_ep.hub.cards import Card
 from timm_ep.hub.export import prepare
 from timm_ep.training.evaluate import Validate, evaluate, load_run
 from timm_ep.training.predict import Predict
@@ -155,6 +156,8 @@ def test_what_timm_itself_pushed_is_pulled_tested_and_predicted_with(site, cache
         Validate(folder).run()
     Image.new("L", (32, 32)).save(tmp_path / "a.png")
     assert len(Predict(folder, tmp_path / "a.png").run()) == 1
+    cache(publish, make_run(tmp_path / "newer"), ID)
+    assert "pytorch_model.bin" not in site.repositories[ID].tree()  # it would be the old weights beside the new
 
 
 def digits_of(model):
@@ -199,6 +202,12 @@ def test_revisions_and_pull_requests_leave_main_alone(site, cache, run, tmp_path
         )
     with pytest.raises(FileNotFoundError, match="no such revision"):
         cache(pull, ID, tmp_path / "x", revision="v3")
+    with pytest.raises(ValueError, match="revision is empty"):
+        pull(ID, tmp_path / "x", revision="")
+    cache(publish, make_run(tmp_path / "wide", architecture="ep_vgg5_050"), "alice/wide")
+    site.repositories[ID].commit("v4", site.repositories["alice/wide"].tree(), "another net")
+    with pytest.raises(FileExistsError, match="holds the architecture 'ep_vgg5_050'"):  # there, whatever main holds
+        cache(publish, run, ID, revision="v4")
     with pytest.raises(ValueError, match="A pull request is to the main branch"):
         publish(run, ID, revision="v2", create_pr=True)
 
@@ -243,6 +252,12 @@ def test_checkpoints(site, cache, run, tmp_path):
         assert tensor.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="No facts of the training"):
         prepare(tmp_path / "last.pth.tar", tmp_path / "out", ID, dataset_id="uoft-cs/cifar10")
+    (tmp_path / "words.pth").write_text("hello world")
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read without running code"):
+        prepare(tmp_path / "words.pth", tmp_path / "out", ID)
+    torch.save({**state, "head.fc.bias": state["head.fc.bias"].to_sparse()}, tmp_path / "sparse.pth")
+    with pytest.raises(ValueError, match="holds more than tensors of numbers"):
+        prepare(tmp_path / "sparse.pth", tmp_path / "out", ID)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(ValueError, match="not a checkpoint that can be read without running code"):
         prepare(tmp_path / "evil.pth", tmp_path / "out", ID)
@@ -362,7 +377,12 @@ def test_no_upload_begins_with_a_model_that_fails_its_checks(site, cache, run, t
         (("GET", "/cdn/", {"status": 500}), ConnectionError, r"an error of its own \(500\)"),
         (("HEAD", "resolve", {"status": 500, "times": ALWAYS}), ConnectionError, r"an error of its own \(500\)"),
         (("GET", "/api/models/", {"status": 429, "times": ALWAYS}), ConnectionError, "too many requests"),
-        (("GET", "/api/models/", {"status": 403}), PermissionError, "may not"),
+        (("GET", "/api/models/", {"status": 403}), PermissionError, "this token may not read there"),
+        (
+            ("HEAD", "resolve", {"status": 403, "headers": {"X-Error-Code": "GatedRepo"}, "times": ALWAYS}),
+            PermissionError,
+            "the repository is gated; accept its conditions",
+        ),
         (("GET", "/api/models/", {"html": True}), ConnectionError, "what answers is not the Hub"),
     ],
 )
@@ -438,6 +458,15 @@ def test_a_full_disk_at_download(site, cache, run, tmp_path):
             subprocess.run(["umount", tmp_path], check=True)
     assert cache.cached() == []
     assert cache(pull, ID, tmp_path / "pulled").is_dir()
+
+
+def test_a_link_to_nowhere_is_refused_before_anything_is_fetched(site, cache, run, tmp_path):
+    cache(publish, run, ID)
+    site.requests.clear()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="is a link to nowhere, which is not there"):
+        cache(pull, ID, tmp_path / "link")
+    assert site.requests == []
 
 
 def test_nothing_is_pulled_over_what_is_there(site, cache, run, tmp_path):
@@ -666,3 +695,17 @@ def test_the_licence_is_the_publishers_to_choose(run, tmp_path):
         assert f"\nlicense: {expected}\n" in (folder / "README.md").read_text()
         config = json.loads((folder / "config.json").read_text())
         assert config["pretrained_cfg"].get("license", config.get("license", "apache-2.0")) == expected
+
+
+def test_published_again_it_keeps_its_twin_and_its_name(run, tmp_path, capsys):
+    """Under a name that a released model has too, which is another."""
+    name = "alice/ep_vgg5_025.ep_digits"
+    (tmp_path / "twin").mkdir()
+    make_facts(settings={**make_facts().settings, "gradient": "backprop"}).save(tmp_path / "twin" / "results.json")
+    hub.Publish(run, name, dry_run=True, output=tmp_path / "one", twin=tmp_path / "twin").run()
+    Card(tmp_path / "one", check=True).run()
+    hub.Publish(tmp_path / "one", name, dry_run=True, output=tmp_path / "two").run()
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match="dataset_id='mnist' is no dataset's id"):
+        hub.Publish(run, name, dry_run=True, output=tmp_path / "three", dataset_id="mnist").run()

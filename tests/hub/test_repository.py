@@ -62,6 +62,9 @@ def test_a_run_passes_and_loads_as_timm_loads_it(run):
         ({"model_args": {"in_chans": 1, "free_sweeps": 10**9}}, r"model_args.free_sweeps is 1000000000"),
         ({"model_args": {"in_chans": 1, "num_classes": 5}}, r"num_classes is 4, but 5 in model_args"),
         ({"model_args": {"in_chans": -1}}, r"model_args.in_chans is -1"),
+        ({"model_args": {"in_chans": 1, "state_bits": 2000}}, r"model_args.state_bits is 2000"),
+        ({"model_args": {"in_chans": 1, "padding": 20_000}}, r"model_args.padding is 20000"),
+        ({"model_args": {"architecture": [4] * 64, "unit": 1e6}}, r"model_args: "),
         ({"model_args": 3}, r"model_args is 3"),
         ({"num_classes": 10**12}, r"num_classes is 1000000000000, of a kind or size"),
         ({"num_classes": True}, r"num_classes is True"),
@@ -334,6 +337,10 @@ def test_the_fuzzed_file_is_accepted_unchanged(tmp_path):
     [
         ({"weight": float("nan")}, r"conv1\.0\.weight has values that are NaN"),
         ({"label": "\x1b[2Jb"}, "label_names is .*expected a list of plain texts"),
+        ({"legacy": {"labels": ["\x1b[31mred", "b"]}}, "label_names is .*expected a list of plain texts"),
+        ({"legacy": {"labels": ["a"]}}, "expected a list of plain texts, one for each of 2 classes"),
+        ({"args": {"num_classes": 5}}, "num_classes is 2, but 5 in model_args"),
+        ({"args": {"pretrained_strict": False}}, r"model_args has \['pretrained_strict'\]"),
         ({}, None),
     ],
 )
@@ -342,7 +349,14 @@ def test_other_models_of_timm_are_checked_for_what_they_would_print(tmp_path, ch
     with torch.no_grad():
         model.conv1[0].weight[0, 0] = change.get("weight", 1.0)
     config = {"label_names": ["a", change.get("label", "b")], "num_classes": 2}
-    save_for_hf(model, tmp_path, model_config=config, safe_serialization=True)
+    if "legacy" in change:
+        del config["label_names"]
+    save_for_hf(model, tmp_path, model_config=config, model_args=change.get("args"), safe_serialization=True)
+    if "legacy" in change:  # as timm wrote them once
+        written = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(
+            json.dumps({**written.pop("pretrained_cfg"), **written, **change["legacy"]})
+        )
     if message is None:
         load(tmp_path, "test_resnet")
     else:

@@ -390,6 +390,24 @@ def test_a_pruned_net_is_saved_as_it_is(tmp_path):
             timm.create_model(SMALL, readout_layer=number)
     with pytest.raises(ValueError, match="with readout='state' it is the last"):
         timm.create_model(SMALL, readout_layer=2, readout="state")
+    model = timm.create_model(SMALL, readout_layer=2, readout="state", num_classes=0)
+    with pytest.raises(ValueError, match="readout='state' reads the last of 4 convolutions"):
+        model.reset_classifier(5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"padding": 1.0}, "whole numbers"),
+        ({"padding": [1, 1, 1.0, 1]}, "whole numbers"),
+        ({"padding": -1}, "at least 0"),
+        ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
+        ({"in_chans": 0}, "in_chans=0 at least 1"),
+    ],
+)
+def test_sizes_that_there_are_none_of_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(SMALL, **given)
 
 
 def test_features_are_of_order_one_whatever_the_states_are():

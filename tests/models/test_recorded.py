@@ -101,6 +101,12 @@ def test_vmap_gives_the_exact_gradient_of_each_sample(gradient):
             assert_close(each[name][index], parameter.grad)
 
 
+def test_vmap_and_a_tolerance_are_told_apart():
+    model, (images, labels) = make_net(4, gradient="bptt", tol=0.01), make_batch()
+    with pytest.raises(ValueError, match=r"tol=0\.01 looks at the states.*model\.tol = 0"):
+        vmap(grad(loss_of(model)), (None, 0, 0))(parameters(model), images, labels)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_pass_without_grad_too():
     model, (images, _) = make_net(4, gradient="bptt"), make_batch()

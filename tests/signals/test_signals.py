@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from conftest import make_batch, make_net
 from timm_ep import EpVgg
-from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation
+from timm_ep.signals.distillation import FeatureDistillation, LogitDistillation, _nearest
 from timm_ep.signals.layers import layer_weights
 from timm_ep.signals.local_errors import LocalErrors, grid_averages
 from timm_ep.signals.task import EpTask
@@ -156,7 +156,7 @@ def test_level_local_errors_push_every_layer_by_as_much_of_its_states(unit):
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 def test_feature_loss_by_hand(loss):
     """Projecting to nothing costs the variance of the normalised feature, 1; projecting to the feature, nothing."""
-    model, teacher = make_net(4), make_teacher()
+    model, teacher = make_net(4, unit=0.5), make_teacher()
     signal = FeatureDistillation(model, teacher, 2.0, layers=[2], loss=loss)
     channels, match = teacher.channels[signal.matches[0]], signal.matches[0]
     coarse = torch.rand(3, channels, 4, 4, dtype=torch.float64)
@@ -168,8 +168,12 @@ def test_feature_loss_by_hand(loss):
     signal.projections[0] = torch.nn.Identity()
     mean, std = (moment((1, 2, 3), keepdim=True) for moment in (coarse.mean, coarse.std))
     target = (coarse - mean) / std
-    scale = 3 if loss == "cosine" else 1  # the cosine is blind to size
-    assert signal([states[0], scale * target], features).item() == pytest.approx(0, abs=1e-3)
+    scale = 1 + torch.rand(3, 1, 4, 4) if loss == "cosine" else 1  # the cosine of a cell is blind to its size
+    assert signal([states[0], 0.5**2 * scale * target], features).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_of_teacher_features_equally_near_the_deeper_is_taken():
+    assert _nearest(4, [2, 8]) == 1
 
 
 def test_states_meet_the_teacher_features_of_their_reduction():
@@ -285,12 +289,20 @@ def test_what_a_criterion_learns_is_clipped_and_saved_with_the_signals():
 
 def test_hooks_that_the_task_would_not_call_are_refused():
     model, (x, y) = make_net(4), make_batch()
-    for register in (model.register_forward_pre_hook, model.register_forward_hook):
+    passes = (model.register_forward_pre_hook, model.register_forward_hook)
+    for register in (*passes, model.register_full_backward_pre_hook, model.register_full_backward_hook):
         handle = register(lambda *given: None)
-        with pytest.raises(ValueError, match="hooks on its forward pass, which EpTask does not call"):
+        with pytest.raises(ValueError, match="hooks on its forward or backward pass, which EpTask does not call"):
             EpTask(model)(x, y)
         handle.remove()
     EpTask(model)(x, y)
+
+
+def test_signals_take_a_model_of_which_anything_is_pruned():
+    model, (x, y) = make_net(4, 0.5), make_batch()
+    torch.nn.utils.prune.random_unstructured(model.layers[0], "bias", 0.5)
+    teacher = make_teacher()
+    EpTask(model, LocalErrors(model), FeatureDistillation(model, teacher), teacher=teacher, dtype=torch.float64)(x, y)
 
 
 def test_signals_take_a_model_whose_kernels_are_parametrised():

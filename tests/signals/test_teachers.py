@@ -167,6 +167,12 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_a_run_has_weights_of_its_own(run, form):
+    with pytest.raises(ValueError, match="comes with weights of its own, and a checkpoint"):
+        create_teacher(form.format(run), (0.5,), (0.5,), run / "model.safetensors")
+
+
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}", "{}/model.safetensors"])
 def test_a_trained_run_teaches(run, form):
     digits = [str(digit) for digit in range(10)]

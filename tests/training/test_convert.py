@@ -154,13 +154,17 @@ def test_the_command_makes_a_start_that_training_takes(tmp_path, capsys):
     """From a vgg11_bn on disk to a run on grey images, with the pooling and the kernels of the start."""
     torch.manual_seed(0)
     source = timm.create_model("vgg11_bn", num_classes=7, mlp_ratio=0.005)
-    save_for_hf(source, tmp_path / "vgg", model_args={"mlp_ratio": 0.005}, safe_serialization=True)
+    licensed = {"pretrained_cfg": {"license": "cc-by-nc-4.0"}}
+    save_for_hf(
+        source, tmp_path / "vgg", model_config=licensed, model_args={"mlp_ratio": 0.005}, safe_serialization=True
+    )
     start, run = tmp_path / "start", tmp_path / "run"
     cli.main(["convert", str(tmp_path / "vgg"), str(start), "--img-size=32", "--images=16"])
     assert "ep_vgg11, λ=0.01: relative change in the last free sweep 0." in capsys.readouterr().out
     config = json.loads((start / "config.json").read_text())
     assert (config["model_args"]["pool"], config["model_args"]["center_kernels"]) == ("max", False)
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"  # as the weights are that source's
     model = create_model(TrainingOptions(model="ep_vgg11", initial_checkpoint=start), open_data("digits"))
     assert (model.in_chans, model.center_kernels, model.pool) == (1, False, "max")
     options = ["--model=ep_vgg11", f"--initial-checkpoint={start}", "--train-images=16", "--batch-size=16", "--quiet"]

@@ -9,7 +9,7 @@ import torch
 from conftest import make_batch, make_net
 from timm_ep.hub.export import save
 from timm_ep.models.named import set_sweeps
-from timm_ep.training.evaluate import load_run
+from timm_ep.training.evaluate import images_of, load_run
 
 
 def test_other_sweeps_than_those_of_the_training(tmp_path):
@@ -32,6 +32,13 @@ def test_other_sweeps_than_those_of_the_training(tmp_path):
         load_run(tmp_path, sweeps=-1)
     with pytest.raises(ValueError, match="sweeps=3: a ResNet does not settle"):
         set_sweeps(timm.create_model("test_resnet"), 3)
+
+
+@pytest.mark.parametrize("text", ["[1]", "dataset: [", "dataset: 3", ""])
+def test_options_that_cannot_be_read_are_named(text, tmp_path):
+    (tmp_path / "args.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"args\.yaml (is not YAML|does not hold the options of a training)"):
+        images_of(tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,36 @@ def test_all_parameters_decay_where_asked_for():
         ({"std": [0.0]}, "must hold positive numbers only"),
         ({"layer_lr": [-0.1]}, "must hold positive numbers only"),
         ({"max_coupling": -1}, "max_coupling=-1.0 is too small"),
+        ({"sched_kwargs": {"warmup_epochs": 2}}, "sched_kwargs has warmup_epochs, which the training sets itself"),
+        ({"sched_kwargs": {"cooldown_epochs": 2}}, "make a schedule of 3 epochs, and the training has 1"),
+        ({"sched_kwargs": {"cycle_limit": 2}}, "make a schedule of 2 epochs, and the training has 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Trainer(train_images=64, epochs=1, output=tmp_path / "run", quiet=True, **options).run()
+
+
+def test_cycles_and_cooldown_fit_where_one_cycle_is_given(tmp_path):
+    options = {"train_images": 64, "batch_size": 32, "quiet": True, "model_args": {"free_sweeps": 2}, "lr": 0.01}
+    schedule = {"num_epochs": 2, "cycle_limit": 2, "cooldown_epochs": 1}
+    Trainer(**options, epochs=5, warmup_epochs=0, sched_kwargs=schedule, output=tmp_path).run()
+    with (tmp_path / "summary.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert rates[0] == pytest.approx(0.005, rel=0.01)
+    assert rates[1] == pytest.approx(0.001, rel=0.01)  # the second cycle begins, at a tenth
+    assert rates[3:] == [0, 0]
+
+
+def test_what_is_saved_holds_its_couplings_whenever_the_last_update_was(tmp_path):
+    """The average of the weights too, of which none but the weights themselves were held."""
+    options = {"train_images": 64, "batch_size": 16, "epochs": 1, "quiet": True, "model_ema": True, "lr": 0.05}
+    args = {"init_gain": 2.0, "feedback": 1.0, "free_sweeps": 2}
+    for interval, decay in ((50, 0.1), (1, 0.9)):
+        output = tmp_path / str(interval)
+        held = {"max_coupling": 0.05, "residual_interval": interval, "model_ema_decay": decay}
+        facts = Trainer(**options, **held, model_args=args, output=output).run()
+        assert max(facts.couplings[1:]) <= 0.05 * 1.001
 
 
 def test_a_run_keeps_mean_and_std_and_holds_its_couplings(tmp_path):

@@ -287,6 +287,21 @@ def test_a_model_of_other_classes_is_refused(tmp_path, monkeypatch):
         Trainer(**OPTIONS, output=tmp_path).run()
 
 
+def test_options_without_effect_are_named(tmp_path, capsys):
+    idle = {
+        "clip_mode": "agc",
+        "local_error_args": {"final": 0},
+        "mixup_prob": 0.5,
+        "sched": "none",
+        "warmup_epochs": 3,
+    }
+    Trainer(**{**OPTIONS, "train_images": 16}, **idle, output=tmp_path).run()
+    told = capsys.readouterr().err
+    assert "without effect: local_error_args (without local_error), clip_mode (without clip_grad), " in told
+    assert "mixup_prob (without mixup or cutmix), warmup_epochs (without a sched)" in told
+    assert TrainingOptions(clip_mode="agc", clip_grad=0.1, mixup=0.2, mixup_prob=0.5).without_effect == []
+
+
 def test_seconds_and_updates_between_checkpoints():
     assert TrainingOptions(checkpoint_interval="500").interval == (500, None)
     assert TrainingOptions(checkpoint_interval="1.5s").interval == (None, 1.5)

@@ -271,6 +271,22 @@ def test_a_run_is_not_resumed_as_another(changes, message, finished):
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def test_a_teacher_that_was_trained_again_ends_the_run(tmp_path):
+    """It would be one of neither; so would one of a start that is gone, of which the message says why it is needed."""
+    small = {"train_images": 64, "epochs": 1, "batch_size": 32, "quiet": True, "model_args": OPTIONS["model_args"]}
+    teacher = tmp_path / "teacher"
+    Trainer(**small, output=teacher).run()
+    options = {**small, "teacher": str(teacher), "distill_logits": 0.5, "output": tmp_path / "run"}
+    Trainer(**options, initial_checkpoint=teacher).run()
+    Trainer(**options, initial_checkpoint=teacher, resume=True).run()
+    Trainer(**{**small, "seed": 1}, output=teacher, overwrite=True).run()
+    with pytest.raises(ValueError, match=r"cannot be resumed: the teacher .* has other weights than when it began"):
+        Trainer(**options, initial_checkpoint=teacher, resume=True).run()
+    teacher.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="is gone; resuming needs its configuration"):
+        Trainer(**options, initial_checkpoint=teacher, resume=True).run()
+
+
 def test_a_run_is_not_overwritten_unasked(finished, tmp_path):
     with pytest.raises(FileExistsError, match=r"holds a run already.*--resume.*--overwrite"):
         Trainer(**options_of(finished)).run()

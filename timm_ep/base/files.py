@@ -70,6 +70,10 @@ def creating(folder: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: there is something in `folder` already.
     """
     folder = Path(folder)
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(
+            f"{folder} is a link to {os.readlink(folder)}, which is not there; remove it or make that."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already, and nothing is overwritten; remove it or choose another.")
     there = folder.is_dir()  # where one works in it, or something is mounted on it, it cannot be replaced but filled

@@ -151,7 +151,7 @@ def device_nudged_phase(
         for gain, force in zip(force_gains(settings.feedback, depth), forces, strict=True)
     ]
     nudged = _settle(net, x, list(states), settings, range(settings.nudged_sweeps), None, pushes)
-    scales = coordinate_scales(settings, beta, depth, x.dtype)
+    scales = coordinate_scales(settings.feedback, beta, depth, x.dtype)
     deltas: list[Tensor | None] = [
         (after - before) * scale for after, before, scale in zip(nudged, states, scales, strict=True)
     ]
@@ -163,4 +163,4 @@ def device_nudged_phase(
         for phase in (states, nudged)
     ]
     free = FreePhase.at(list(states), list(states), drives[0])
-    return free, NudgedPhase(deltas, drives[1])
+    return free, NudgedPhase(deltas, drives[1], scales)

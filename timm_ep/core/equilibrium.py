@@ -14,7 +14,7 @@ small nudge:
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from timm_ep.core.energy import Coupling, Drive, Net
 from timm_ep.core.free_phase import Clipped, FreePhase, feedforward_pass, free_phase
 from timm_ep.core.nudged_phase import (
     NudgedPhase,
-    coordinate_scales,
     force_gains,
     nudged_phase,
     nudging_strengths,
@@ -131,6 +130,18 @@ def no_autocast(device: str) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext()
 
 
+def refuse_forward_mode() -> NoReturn:
+    """To be called where a tangent would have to pass through an equilibrium.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "EP runs backwards, from a loss; forward-mode derivatives (forward_ad, jvp) do not pass through it. Set "
+        "model.gradient = 'bptt' for those."
+    )
+
+
 def refuse_second_derivatives() -> None:
     """To be called in a `backward` whose result is an estimate, not a function with a derivative of its own.
 
@@ -150,10 +161,7 @@ def refuse_second_derivatives() -> None:
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "EP runs backwards, from a loss; forward-mode derivatives (forward_ad, jvp) do not pass through it. Set "
-            "model.gradient = 'bptt' for those."
-        )
+        refuse_forward_mode()
 
     @staticmethod
     def forward(
@@ -224,18 +232,22 @@ def normalised_forces(
         gains: what multiplies the magnitudes of each layer before the largest is found; 1 by default.
 
     Returns:
-        the forces, and the magnitudes, (B, 1, 1, 1): 1 where all are 0.
+        the forces, and the magnitudes, (B, 1, 1, 1): 0 where all forces are.
     """
     factors = [1.0] * len(grads) if gains is None else gains
     magnitudes = [
         g.abs().amax((1, 2, 3), keepdim=True) * gain for g, gain in zip(grads, factors, strict=True) if g is not None
     ]
     largest = torch.stack(magnitudes).amax(0)
-    scales = torch.where(largest == 0, torch.ones_like(largest), largest)
+    scales = _or_one(largest)
     forces = [
         None if g is None else (g / scales.to(g.dtype)).contiguous(memory_format=torch.channels_last) for g in grads
     ]
-    return forces, scales
+    return forces, largest
+
+
+def _or_one(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
 
 
 def ep_gradient(
@@ -304,13 +316,13 @@ def _estimated(
     phases: Callable[[Sequence[Tensor | None], float], tuple[FreePhase, NudgedPhase]],
 ) -> list[Tensor | None]:
     """The contrast of the two `phases` under normalised forces and each β, at the scale of the forces."""
-    forces, scales = normalised
+    forces, magnitudes = normalised
     depth = len(forces)
     warn_of_unreached([force is not None for force in forces], layers_needed(needed, depth), settings)
-    scale = scales.amax()
-    weights = (scales / scale).to(x.dtype)
+    scale = _or_one(magnitudes.amax())
+    weights = (magnitudes / scale).to(x.dtype)
     estimates = [
-        contrast(net, x, *phases(forces, beta), settings, beta, needed, weights)  # a phase is let go before the next
+        contrast(net, x, *phases(forces, beta), settings.feedback, needed, weights)  # a phase is let go before the next
         for beta in nudging_strengths(settings)
     ]
     return [None if gradient is None else gradient.mul_(scale) for gradient in averaged(estimates)]
@@ -329,8 +341,7 @@ def contrast(
     x: Tensor,
     free: FreePhase,
     nudged: NudgedPhase,
-    settings: Settings,
-    beta: float,
+    feedback: float,
     needed: Sequence[bool],
     weights: Tensor | float = 1.0,
 ) -> list[Tensor | None]:
@@ -339,7 +350,6 @@ def contrast(
     Local: that of W_l reads the two phases' states of the layers l−1 and l, that of b_l those of layer l, and no more.
     """
     depth = len(free.states)
-    scales = coordinate_scales(settings, beta, depth, x.dtype)
     needs_x, needs_kernel, needs_bias = needed[0], needed[1 : depth + 1], needed[depth + 1 :]
     # The energy has the products with a minus; here it costs nothing.
     minus = -torch.as_tensor(weights, dtype=x.dtype, device=x.device)
@@ -349,7 +359,7 @@ def contrast(
     nudged_below = [x * minus]  # handed on from layer to layer, to be freed in time: it may be the largest map of all
     for layer in range(depth):
         delta, below_delta = nudged.deltas[layer], nudged.deltas[layer - 1] if layer else None
-        difference, total = routed_difference(layer, free, nudged, scales), None
+        difference, total = routed_difference(layer, free, nudged), None
         if needs_bias[layer]:
             summed = None if delta is None else (delta.sum((2, 3), keepdim=True) * minus).sum((0, 2, 3))
             bias_grads[layer] = torch.zeros_like(net.biases[layer]) if summed is None else summed
@@ -361,11 +371,11 @@ def contrast(
         kept = free.kept_state(layer)  # else the state is computed when asked for, in a map of its own
         state = free.states[layer].mul_(minus) if kept is None else kept * minus
         if needs_kernel[layer]:
-            if below_delta is not None and settings.feedback:
+            if below_delta is not None and feedback:
                 drive = free.drives[layer]
                 change = net.kernel_contrast(layer, below_delta, drive.route(state) if drive else state)
-                total = change.mul_(settings.feedback) if total is None else total.add_(change, alpha=settings.feedback)
+                total = change.mul_(feedback) if total is None else total.add_(change, alpha=feedback)
             kernel_grads[layer] = torch.zeros_like(net.kernels[layer]) if total is None else total
         # The nudged state, so that both terms make the whole difference.
-        nudged_below.append(state if delta is None else state.addcmul_(delta, minus, value=1 / scales[layer]))
+        nudged_below.append(state if delta is None else state.addcmul_(delta, minus, value=1 / nudged.scales[layer]))
     return [x_grad, *kernel_grads, *bias_grads]

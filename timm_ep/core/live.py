@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from timm_ep.core.energy import Net
@@ -28,11 +29,11 @@ from timm_ep.core.equilibrium import (
     layers_needed,
     no_autocast,
     prepared,
+    refuse_forward_mode,
     refuse_second_derivatives,
 )
 from timm_ep.core.free_phase import FreePhase, free_phase, phase_at
 from timm_ep.core.nudged_phase import (
-    coordinate_scales,
     newest_winners,
     nudged_phase,
     nudged_states,
@@ -73,10 +74,14 @@ def live_loss(
     settled_net, settled_x = prepared(net, x)
     inputs = (settled_x, *settled_net.kernels, *settled_net.biases, *parameters)
     needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
+    if any(unpack_dual(tensor).tangent is not None for tensor in inputs):
+        refuse_forward_mode()
     objective = _Objective(loss, x)
     with torch.no_grad(), no_autocast(x.device.type):
         free = free_phase(settled_net, settled_x, settings)
-        value = objective(free.states)
+        # With a graph, as parametrize.cached() keeps for the calls to come what the first one computes of the weights.
+        with torch.set_grad_enabled(any(needed)):
+            value = objective([state.detach() for state in free.states]).detach()
         gradients: list[Tensor | None] = [None] * len(inputs)
         if any(needed):
             _check_strength(settings, len(free.states), settled_x.dtype)
@@ -134,8 +139,9 @@ class _Objective:
             self.calls += 1
             with self.autocast():
                 value = self.loss(states)
-        if value.dim():
-            raise ValueError(f"The loss has shape {tuple(value.shape)}; expected a scalar, the mean over the batch.")
+        if not isinstance(value, Tensor) or value.dim():
+            found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+            raise ValueError(f"The loss {found}; expected a scalar tensor, the mean over the batch.")
         return value
 
     def forces(self, states: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +167,8 @@ class _Objective:
             return [None] * len(parameters)
         with torch.enable_grad():
             value = self([state.detach().requires_grad_() for state in states])
-        grads = iter(torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True))
+        # Kept, as parametrize.cached() shares a part of the graph between calls.
+        grads = iter(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True, materialize_grads=True))
         return [next(grads) if wants else None for wants in needed]
 
 
@@ -180,10 +187,9 @@ def _live_gradient(
     estimates = []
     for beta in nudging_strengths(settings):
         nudged = nudged_phase(net, free, objective.forces, settings, beta)
-        nudged = newest_winners(net, free, nudged, settings, beta)
-        of_energy = contrast(net, x, free, nudged, settings, beta, needed)
-        states = nudged_states(free, nudged, coordinate_scales(settings, beta, len(free.states), x.dtype))
-        of_loss = objective.gradients(states, parameters, needed[len(needed) - len(parameters) :])
+        nudged = newest_winners(net, free, nudged, settings)
+        of_energy = contrast(net, x, free, nudged, settings.feedback, needed)
+        of_loss = objective.gradients(nudged_states(free, nudged), parameters, needed[len(needed) - len(parameters) :])
         estimates.append([*(None if part is None else part / objective.batch for part in of_energy), *of_loss])
     warn_of_unreached(objective.forced, layers_needed(needed, len(free.states)), settings)
     return averaged(estimates)

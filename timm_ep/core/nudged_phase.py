@@ -22,10 +22,12 @@ from timm_ep.core.settings import Settings
 
 
 class NudgedPhase(NamedTuple):
-    """Where the nudged phase is: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), and the drive at s + δ."""
+    """Where the nudged phase is: per layer d_l = δ_l / (β λ^(N−l)) (None: not reached), the drive at s + δ, and the
+    coordinate's scale 1/(β λ^(N−l))."""
 
     deltas: list[Tensor | None]
     drives: list[Drive | None]
+    scales: list[float]
 
 
 Forces = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -46,14 +48,14 @@ def force_gains(feedback: float, depth: int) -> list[float]:
     return [feedback ** (depth - layer) for layer in range(1, depth + 1)]
 
 
-def coordinate_scales(settings: Settings, beta: float, depth: int, dtype: torch.dtype) -> list[float]:
+def coordinate_scales(feedback: float, beta: float, depth: int, dtype: torch.dtype) -> list[float]:
     """1/(β λ^(N−l)) of each layer: multiplies a state's difference into the nudged phase's coordinates.
 
     Limited to the square root of the dtype's range. It only scales the distance of a state from its bounds, which is
     practically infinite there, so that λ = 0 needs no case of its own.
     """
     limit = torch.finfo(dtype).max ** 0.5
-    gains = [beta * gain for gain in force_gains(settings.feedback, depth)]
+    gains = [beta * gain for gain in force_gains(feedback, depth)]
     return [min(max(1 / gain, -limit), limit) if gain else math.copysign(limit, beta) for gain in gains]
 
 
@@ -89,8 +91,8 @@ def nudged_phase(
         d_l and drives per layer. Zero forces give None or exact zeros.
     """
     depth = len(free.states)
-    scales = coordinate_scales(settings, beta, depth, free.preactivations[0].dtype)
-    phase = NudgedPhase([None] * depth, list(free.drives))
+    scales = coordinate_scales(settings.feedback, beta, depth, free.preactivations[0].dtype)
+    phase = NudgedPhase([None] * depth, list(free.drives), scales)
     rises: list[Tensor | None] = [None] * depth  # what comes from below,
     falls: list[Tensor | None] = [None] * depth  # and from above, as long as the neighbour has not moved
     sweeps = range(settings.nudged_sweeps)
@@ -99,14 +101,14 @@ def nudged_phase(
         judges = settings.tol > 0 and (settings.update != "sweep" or step % 2 == 1) and step + 1 < len(sweeps)
         judges = judges and has_values(free.preactivations[0])
         before = list(phase.deltas) if trace or judges else []
-        pulls = forces(nudged_states(free, phase, scales)) if callable(forces) else forces
+        pulls = forces(nudged_states(free, phase)) if callable(forces) else forces
         for group in sweep:
             for layer, *_ in group:
                 if rises[layer] is None and settings.feedback:
-                    rises[layer] = _rise(net, layer, free, phase, scales, settings)
+                    rises[layer] = _rise(net, layer, free, phase, settings)
             for layer, *_ in group:
                 if falls[layer] is None:
-                    falls[layer] = _fall(net, layer, free, phase, scales)
+                    falls[layer] = _fall(net, layer, free, phase)
             for visit in group:
                 phase.deltas[visit.layer] = _held_sum(visit, rises, falls, pulls[visit.layer], free, scales)
             for layer, *_ in group:
@@ -147,26 +149,25 @@ def warn_of_unreached(forced: Sequence[bool], learns: Sequence[bool], settings: 
         )
 
 
-def nudged_states(free: FreePhase, phase: NudgedPhase, scales: Sequence[float]) -> list[Tensor]:
+def nudged_states(free: FreePhase, phase: NudgedPhase) -> list[Tensor]:
     """s + δ of every layer."""
     return [
         state if delta is None else torch.add(state, delta, alpha=1 / scale)
-        for state, delta, scale in zip(free.states, phase.deltas, scales, strict=True)
+        for state, delta, scale in zip(free.states, phase.deltas, phase.scales, strict=True)
     ]
 
 
-def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Settings, beta: float) -> NudgedPhase:
+def newest_winners(net: Net, free: FreePhase, phase: NudgedPhase, settings: Settings) -> NudgedPhase:
     """The phase with the max-pooling winners of its last states, not of those that its last sweep started from.
 
     Where forces are frozen, so are winners, and it stays as it is.
     """
     if settings.forces == "frozen":
         return phase
-    newest = NudgedPhase(list(phase.deltas), list(phase.drives))
-    scales = coordinate_scales(settings, beta, len(free.states), free.preactivations[0].dtype)
+    newest = phase._replace(drives=list(phase.drives))
     for layer, coupling in enumerate(net.couplings):
         if coupling.max_pool:
-            _rise(net, layer, free, newest, scales, settings)
+            _rise(net, layer, free, newest, settings)
     return newest
 
 
@@ -232,9 +233,7 @@ def _pieces(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield maps
 
 
-def _rise(
-    net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float], settings: Settings
-) -> Tensor | None:
+def _rise(net: Net, layer: int, free: FreePhase, phase: NudgedPhase, settings: Settings) -> Tensor | None:
     """c_l [P(W ⋆ (s + δ)) − P(W ⋆ s)] for the δ of the layer below; where winners move it also updates the drive."""
     below = phase.deltas[layer - 1] if layer else None
     if below is None:
@@ -244,21 +243,21 @@ def _rise(
         return change.mul_(settings.feedback)
     if settings.forces == "frozen":
         return at_rest.at_winners(change).mul_(settings.feedback)
-    drive = max_pool(torch.add(at_rest.unpooled, change, alpha=1 / scales[layer - 1]))
+    drive = max_pool(torch.add(at_rest.unpooled, change, alpha=1 / phase.scales[layer - 1]))
     phase.drives[layer] = drive
     moved = drive.at_winners(at_rest.unpooled) - at_rest.value
-    return moved.mul_(scales[layer]).add_(drive.at_winners(change), alpha=settings.feedback)
+    return moved.mul_(phase.scales[layer]).add_(drive.at_winners(change), alpha=settings.feedback)
 
 
-def _fall(net: Net, layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:
+def _fall(net: Net, layer: int, free: FreePhase, phase: NudgedPhase) -> Tensor | None:
     """c_l λ Wᵀ ⋆ [P'ᵀ(s + δ) − Pᵀ s] for the δ of the layer above."""
     if layer + 1 == len(free.states):
         return None
-    difference = routed_difference(layer + 1, free, phase, scales)
+    difference = routed_difference(layer + 1, free, phase)
     return None if difference is None else net.feedback(layer + 1, difference, free.preactivations[layer])
 
 
-def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: list[float]) -> Tensor | None:
+def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase) -> Tensor | None:
     """c_l [P'ᵀ(s_l + δ_l) − Pᵀ s_l]: the layer's difference as its convolution sees it; d_l where pooling is linear."""
     delta, at_rest, nudged = phase.deltas[layer], free.drives[layer], phase.drives[layer]
     if delta is None or at_rest is None or nudged is None or nudged.winners is None:
@@ -267,7 +266,7 @@ def routed_difference(layer: int, free: FreePhase, phase: NudgedPhase, scales: l
         return at_rest.route(delta)
     state = free.states[layer]
     moved = nudged.route(state) - at_rest.route(state)
-    return nudged.route(delta).add_(moved, alpha=scales[layer])
+    return nudged.route(delta).add_(moved, alpha=phase.scales[layer])
 
 
 def _delta_changes(new: Sequence[Tensor | None], old: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

@@ -199,7 +199,7 @@ def render_card(
     """
     cfg, in_chans, classes = config["pretrained_cfg"], config["model_args"].get("in_chans", 3), config["num_classes"]
     input_size = cfg.get("input_size", [in_chans, 224, 224])
-    settings = facts.settings if facts else config["model_args"]
+    settings = {**config["model_args"], **(facts.settings if facts else {})}
     card = ModelCard.from_template(
         _metadata(cfg, facts, name),
         template_str=files("timm_ep.hub").joinpath("card_template.md").read_text(encoding="utf-8"),
@@ -283,12 +283,17 @@ def _dataset(facts: RunFacts) -> tuple[str, str | None]:
     title, dataset_id = _DATASETS.get(facts.dataset, (_one_line(facts.dataset), None))
     if re.fullmatch(rf"hfds/{_HUB_ID}", facts.dataset):
         title = dataset_id = facts.dataset.removeprefix("hfds/")
-    if facts.dataset_id and re.fullmatch(_HUB_ID, facts.dataset_id):
+    if facts.dataset_id and is_hub_id(facts.dataset_id):
         dataset_id = facts.dataset_id
         title = {known: name for name, known in _DATASETS.values()}.get(dataset_id, dataset_id)
         if facts.dataset == "folder":  # a copy, of which not every pixel need be that of the original
             title = f"{title}, a copy as image files"
     return title, dataset_id
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it is the id of a repository or a dataset on the Hub, user/name."""
+    return re.fullmatch(_HUB_ID, text) is not None
 
 
 def _one_line(text: str) -> str:
@@ -344,7 +349,7 @@ class Card(Options):
         name, path = self.folder.resolve().name, self.folder / CARD_NAME
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         source = name if timm.is_model_pretrained(name) else f"local-dir:{self.folder}"
-        if source != name and (published := re.search(rf'create_model\("hf-hub:({_HUB_ID})"', before)):
+        if published := re.search(rf'create_model\("hf-hub:({_HUB_ID})"', before):
             name, source = published[1].partition("/")[2], f"hf-hub:{published[1]}"
         text = folder_card(self.folder, name, source)
         if not self.check:

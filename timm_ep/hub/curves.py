@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,46 +40,53 @@ class Plot(Options):
         folders = sorted(path.parent for path in self.runs.rglob(wanted))
         if not folders:
             raise FileNotFoundError(f"{self.runs} holds no finished run: no {wanted} in it or below.")
-        figure, (axes,) = new_figure(2)
-        (self._draw_curves if self.kind == "curves" else self._draw_layers)(folders, *axes)
-        save_figure(figure, self.output)
+        draw_runs([(folder.name, folder) for folder in folders], self.output, self.kind)
         return self.output
 
-    def _draw_layers(self, folders: list[Path], left: Any, right: Any) -> None:
-        for number, folder in enumerate(folders):
-            layers, settling = _read(folder / LAYERS_NAME), _read(folder / SETTLING_NAME)
-            for epoch, style in {layers[0]["epoch"]: "--", layers[-1]["epoch"]: "-"}.items():
-                rows = [row for row in layers if row["epoch"] == epoch]
-                nudges = [float(row["scaled_nudge"]) or math.nan for row in rows]
-                label = folder.name if epoch == layers[-1]["epoch"] else None
-                left.plot([int(row["layer"]) for row in rows], nudges, f".{style}", color=f"C{number}", label=label)
-                changes: dict[int, float] = {}
-                for row in settling:
-                    if row["epoch"] == epoch and row["phase"] == "free":
-                        sweep = int(row["sweep"])
-                        changes[sweep] = max(changes.get(sweep, 0.0), float(row["residual"]))
-                right.plot(list(changes), list(changes.values()), f".{style}", color=f"C{number}")
-        left.set(xlabel="layer", ylabel="nudge / (β λ^(N−l)), r.m.s.", yscale="log")
-        right.set(xlabel="free sweep", ylabel="largest ‖Δs_l‖/‖s_l‖", yscale="log")
-        for axis in (left, right):
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        left.legend(fontsize="x-small")
 
-    def _draw_curves(self, folders: list[Path], left: Any, right: Any) -> None:
-        for folder in folders:
-            facts = RunFacts.load(folder / RESULTS_NAME)
-            rows = _read(folder / LOG_NAME)
-            epochs = [int(row["epoch"]) for row in rows]
-            style = "--" if facts.settings.get("gradient") == "backprop" else "-"
-            left.plot(epochs, [float(row["train_loss"]) for row in rows], style)
-            label = f"{folder.name}: test {facts.top1:.1f} %"
-            (line,) = right.plot(epochs, [float(row["train_accuracy"]) for row in rows], style, label=label)
-            if all(row.get("val_accuracy") for row in rows):
-                values = [float(row["val_accuracy"]) for row in rows]
-                right.plot(epochs, values, ":", color=line.get_color(), label=f"{folder.name}: validation")
-        left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="accuracy, %")
-        right.legend(fontsize="x-small")
+def draw_runs(runs: Sequence[tuple[str, Path]], output: Path, kind: str = "curves") -> None:
+    """Draw runs, each under its name, as `Plot` does."""
+    figure, (axes,) = new_figure(2)
+    (_draw_curves if kind == "curves" else _draw_layers)(runs, *axes)
+    save_figure(figure, output)
+
+
+def _draw_layers(runs: Sequence[tuple[str, Path]], left: Any, right: Any) -> None:
+    for number, (name, folder) in enumerate(runs):
+        layers, settling = _read(folder / LAYERS_NAME), _read(folder / SETTLING_NAME)
+        for epoch, style in {layers[0]["epoch"]: "--", layers[-1]["epoch"]: "-"}.items():
+            rows = [row for row in layers if row["epoch"] == epoch]
+            nudges = [float(row["scaled_nudge"]) or math.nan for row in rows]
+            label = name if epoch == layers[-1]["epoch"] else None
+            left.plot([int(row["layer"]) for row in rows], nudges, f".{style}", color=f"C{number}", label=label)
+            changes: dict[int, float] = {}
+            for row in settling:
+                if row["epoch"] == epoch and row["phase"] == "free":
+                    sweep = int(row["sweep"])
+                    changes[sweep] = max(changes.get(sweep, 0.0), float(row["residual"]))
+            right.plot(list(changes), list(changes.values()), f".{style}", color=f"C{number}")
+    left.set(xlabel="layer", ylabel="nudge / (β λ^(N−l)), r.m.s.", yscale="log")
+    right.set(xlabel="free sweep", ylabel="largest ‖Δs_l‖/‖s_l‖", yscale="log")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(fontsize="x-small")
+
+
+def _draw_curves(runs: Sequence[tuple[str, Path]], left: Any, right: Any) -> None:
+    for name, folder in runs:
+        facts = RunFacts.load(folder / RESULTS_NAME)
+        rows = _read(folder / LOG_NAME)[: facts.epochs]  # it may be on its way to more
+        epochs = [int(row["epoch"]) for row in rows]
+        style = "--" if facts.settings.get("gradient") == "backprop" else "-"
+        left.plot(epochs, [float(row["train_loss"]) for row in rows], style)
+        label = f"{name}: test {facts.top1:.1f} %"
+        (line,) = right.plot(epochs, [float(row["train_accuracy"]) for row in rows], style, label=label)
+        if all(row.get("val_accuracy") for row in rows):
+            values = [float(row["val_accuracy"]) for row in rows]
+            right.plot(epochs, values, ":", color=line.get_color(), label=f"{name}: validation")
+    left.set(xlabel="epoch", ylabel="training loss")
+    right.set(xlabel="epoch", ylabel="accuracy, %")
+    right.legend(fontsize="x-small")
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -19,8 +19,17 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from timm_ep.base.files import creating, replacing
-from timm_ep.hub.cards import CARD_NAME, CURVES_NAME, LOG_NAME, RESULTS_NAME, TWIN_NAME, RunFacts, folder_card
-from timm_ep.hub.curves import Plot
+from timm_ep.hub.cards import (
+    CARD_NAME,
+    CURVES_NAME,
+    LOG_NAME,
+    RESULTS_NAME,
+    TWIN_NAME,
+    RunFacts,
+    folder_card,
+    is_hub_id,
+)
+from timm_ep.hub.curves import draw_runs
 from timm_ep.hub.redaction import redacted, without_folder, without_folders
 from timm_ep.hub.repository import CONFIG_NAME, WEIGHTS_NAME, load, load_checkpoint
 
@@ -119,10 +128,13 @@ def prepare(
 
     Raises:
         FileNotFoundError: no run, no config.json, or no safetensors.
-        ValueError: weights or a configuration that do not pass the checks, or facts of another model.
+        ValueError: weights or a configuration that do not pass the checks, facts of another model, or a dataset_id that
+            is none.
         FileExistsError: `folder` has something in it.
     """
     run = Path(run)
+    if dataset_id is not None and not is_hub_id(dataset_id):
+        raise ValueError(f"dataset_id={dataset_id!r:.80} is no dataset's id on the Hub; expected user/name.")
     model: Any = load(run) if run.is_dir() else load_checkpoint(run)
     home = run if run.is_dir() else run.parent
     name, labels = repo_id.partition("/")[2], model.pretrained_cfg.get("label_names")
@@ -142,7 +154,9 @@ def prepare(
         if (run.is_dir() or run.name == WEIGHTS_NAME) and (home / RESULTS_NAME).exists():
             _add_facts(new, home, model.pretrained_cfg["architecture"], dataset_id)
             if twin:
-                _add_twin(new, Path(twin))
+                _add_twin(new, RunFacts.load(Path(twin) / RESULTS_NAME))
+            elif (home / TWIN_NAME).exists():  # published before
+                _add_twin(new, RunFacts.load(home / TWIN_NAME))
             _add_curves(new, name, twin)
         elif twin or dataset_id:
             raise ValueError(
@@ -161,14 +175,14 @@ def _add_facts(new: Path, home: Path, architecture: str, dataset_id: str | None)
         _copy_log(home, new, facts.epochs)
 
 
-def _add_twin(new: Path, run: Path) -> None:
-    facts, twin = RunFacts.load(new / RESULTS_NAME), RunFacts.load(run / RESULTS_NAME)
+def _add_twin(new: Path, twin: RunFacts) -> None:
+    facts = RunFacts.load(new / RESULTS_NAME)
     if twin.settings.get("gradient") != "backprop" or (twin.architecture, twin.dataset) != (
         facts.architecture,
         facts.dataset,
     ):
         raise ValueError(
-            f"{run} is of {twin.architecture} on {twin.dataset} by {twin.settings.get('gradient')}; the twin is "
+            f"The twin is of {twin.architecture} on {twin.dataset} by {twin.settings.get('gradient')}; expected "
             f"{facts.architecture} on {facts.dataset} by backprop (timm-ep train --gradient backprop)."
         )
     _to_publish(twin).save(new / TWIN_NAME)
@@ -189,20 +203,13 @@ def _add_curves(new: Path, name: str, twin: str | Path | None) -> None:
     """The learning curves, with the twin's, under the names that the runs have from now on."""
     if not (new / LOG_NAME).exists():
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        runs = {name: new}
-        if twin and (Path(twin) / LOG_NAME).exists():
-            runs["backprop twin"] = Path(twin)
-        for title, run in runs.items():
-            folder = Path(temporary) / title
-            folder.mkdir()
-            facts = RunFacts.load(run / RESULTS_NAME)
-            facts.save(folder / RESULTS_NAME)
-            _copy_log(run, folder, facts.epochs)
-        try:
-            Plot(Path(temporary), new / CURVES_NAME).run()
-        except ModuleNotFoundError as error:
-            raise ValueError("The learning curves need matplotlib: pip install timm_ep[plots]") from error
+    runs = [(name, new)]
+    if twin and (Path(twin) / LOG_NAME).exists():
+        runs.append(("backprop twin", Path(twin)))
+    try:
+        draw_runs(runs, new / CURVES_NAME)
+    except ModuleNotFoundError as error:
+        raise ValueError("The learning curves need matplotlib: pip install timm_ep[plots]") from error
 
 
 def _copy_log(source: Path, target: Path, epochs: int) -> None:

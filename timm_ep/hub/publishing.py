@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -46,6 +47,10 @@ from timm_ep.version import __version__
 __all__ = ["Publish", "Pull"]
 
 _TEXTS = (CARD_NAME, RESULTS_NAME, TWIN_NAME, LOG_NAME, CURVES_NAME)
+_REPLACED = (
+    *_TEXTS,
+    "pytorch_model.bin",
+)  # the last one is what timm pushes beside safetensors: the old weights, pickled
 _ATTEMPTS = 5
 
 T = TypeVar("T")
@@ -53,6 +58,8 @@ T = TypeVar("T")
 
 def _check_target(repo_id: str, revision: str | None, create_pr: bool = False) -> None:
     _check_repo_id(repo_id)
+    if revision == "":
+        raise ValueError("revision is empty; give a branch, tag or commit, or leave it out.")
     if holds_secret(revision or ""):
         raise ValueError("revision holds an access token; expected a branch, tag or commit.")
     if create_pr and revision not in (None, "main"):
@@ -75,8 +82,12 @@ def _check_repo_id(repo_id: str) -> None:
         ) from None
 
 
-def _check_existing(api: HfApi, repo_id: str, private: bool, architecture: str) -> None:
-    info = _patiently(lambda: api.model_info(repo_id))
+def _check_existing(api: HfApi, repo_id: str, revision: str | None, private: bool, architecture: str) -> ModelInfo:
+    """What the branch holds, or main where there is no such branch yet, of which it will be made."""
+    try:
+        info = _patiently(lambda: api.model_info(repo_id, revision=revision))
+    except RevisionNotFoundError:
+        info = _patiently(lambda: api.model_info(repo_id))
     if private and not info.private:
         raise FileExistsError(
             f"{repo_id} exists and is public; make it private in its settings on the Hub, or choose another name."
@@ -91,6 +102,7 @@ def _check_existing(api: HfApi, repo_id: str, private: bool, architecture: str) 
                 held = None if found == architecture else f"the architecture {found!r:.80}"
     if held:
         raise FileExistsError(f"{repo_id} exists and holds {held}; choose another name.")
+    return info
 
 
 def _is_inside(name: str) -> bool:
@@ -134,7 +146,7 @@ def _plain_errors(doing: str) -> Iterator[None]:
         yield
     except json.JSONDecodeError:
         raise ConnectionError(
-            f"{_capital(doing)} failed: what answers is not the Hub, or it has an error of its own; check the network "
+            f"{doing} failed: what answers is not the Hub, or it has an error of its own; check the network "
             "and HF_ENDPOINT, and repeat the command."
         ) from None
     except (HTTPError, OSError, RuntimeError) as error:
@@ -145,7 +157,7 @@ def _plain_errors(doing: str) -> Iterator[None]:
 
 
 def _explained(error: BaseException, doing: str) -> OSError:
-    failed = f"{_capital(doing)} failed"
+    failed = f"{doing} failed"
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else None
     if isinstance(error, OfflineModeIsEnabled):
@@ -154,6 +166,10 @@ def _explained(error: BaseException, doing: str) -> OSError:
         return FileNotFoundError(f"{failed}: the repository has no such revision.")
     if isinstance(error, EntryNotFoundError) and status == 404:
         return FileNotFoundError(f"{failed}: the repository lacks a file of its own list.")
+    if isinstance(error, GatedRepoError):
+        return PermissionError(
+            f"{failed}: the repository is gated; accept its conditions on its page, and log in with `hf auth login`."
+        )
     if isinstance(error, RepositoryNotFoundError):
         return FileNotFoundError(
             f"{failed}: no such repository, or a private one that this token may not read; see `hf auth whoami`."
@@ -162,6 +178,8 @@ def _explained(error: BaseException, doing: str) -> OSError:
         return PermissionError(
             f"{failed}: the Hub refuses the access token; log in with `hf auth login`, or set HF_TOKEN."
         )
+    if status == 403 and doing.startswith("Pulling"):
+        return PermissionError(f"{failed}: this token may not read there; see `hf auth whoami`.")
     if status == 403:
         return PermissionError(f"{failed}: this token may not write there; see `hf auth whoami`, or use --create-pr.")
     if status == 429:
@@ -176,10 +194,6 @@ def _explained(error: BaseException, doing: str) -> OSError:
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(f"{failed}: {error.strerror}{f' ({error.filename})' if error.filename else ''}.")
     return type(error)(str(error)) if isinstance(error, OSError) else OSError(f"{failed}: {error}")
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _first_line(error: BaseException) -> str:
@@ -238,7 +252,7 @@ class Publish(Options):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "repository"
             architecture = self._prepare(folder)
-            with _plain_errors(f"publishing to {self.repo_id}"):
+            with _plain_errors(f"Publishing to {self.repo_id}"):
                 address = self._commit(folder, architecture)
         print(f'published: {address}\ntimm.create_model("hf-hub:{self.repo_id}", pretrained=True)')
         return address
@@ -251,12 +265,11 @@ class Publish(Options):
             raise PermissionError("Publishing needs an access token; log in with `hf auth login` or set HF_TOKEN.")
         api, repo_id, revision = _client(), self.repo_id, self.revision
         _patiently(lambda: api.create_repo(repo_id, private=self.private or None, exist_ok=True))
-        _check_existing(api, repo_id, self.private, architecture)
+        held = _check_existing(api, repo_id, revision, self.private, architecture).siblings or ()
         if revision and revision != "main":
             _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        held = _patiently(lambda: api.model_info(repo_id, revision=revision)).siblings or ()
         new = sorted(folder.iterdir())
-        old = {sibling.rfilename for sibling in held}.intersection(_TEXTS) - {path.name for path in new}
+        old = {sibling.rfilename for sibling in held}.intersection(_REPLACED) - {path.name for path in new}
         done = _patiently(
             lambda: api.create_commit(
                 repo_id,
@@ -303,7 +316,7 @@ class Pull(Options):
         """
         _check_target(self.repo_id, self.revision)
         folder = self.output or Path("hub") / self.repo_id
-        with creating(folder) as new, _plain_errors(f"pulling {self.repo_id}"):
+        with creating(folder) as new, _plain_errors(f"Pulling {self.repo_id}"):
             self._fetch(new)
         print(f'pulled and checked: {folder}\ntimm.create_model("local-dir:{folder}", pretrained=True)')
         return folder

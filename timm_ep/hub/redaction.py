@@ -7,6 +7,7 @@ import shlex
 __all__ = ["holds_secret", "redacted", "without_folder", "without_folders"]
 
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SHORTEST = 8  # characters of what may be a token; less is a placeholder, and a part of innocent words
 _SECRETS = (
     re.compile(r"(?<![A-Za-z0-9])(?:hf_oauth_[\w.-]{8,}|(?:hf|api_org)_[A-Za-z0-9]{26,})"),  # the Hub's tokens: 34
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user and password in a URL
@@ -15,8 +16,9 @@ _SECRETS = (
 
 def redacted(text: str) -> str:
     """`text` with `***` for the Hub's tokens, whatever the environment holds as one, and the passwords of URLs."""
-    for secret in filter(None, map(os.environ.get, _VARIABLES)):
-        text = text.replace(secret, "***")
+    for secret in (os.environ.get(name, "").strip() for name in _VARIABLES):
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, "***")
     for pattern in _SECRETS:
         text = pattern.sub("***", text)
     return text
@@ -28,7 +30,7 @@ def holds_secret(text: str) -> bool:
 
 
 # From where an absolute path begins (a word or an item of it, what follows `local-dir:` or `hfds/`) to its last name.
-_FOLDERS = re.compile(r'(?:^|(?<=[=",\[:])|(?<=[,:] )|(?<=hfds/))~?/(?!/)(?:[^",/]+/+)+(?=[^",/])')
+_FOLDERS = re.compile(r"""(?:^|(?<=[=",\[:'({])|(?<=[,:] )|(?<=hfds/))(?:file://)?~?/(?!/)(?:[^",/]+/+)+(?=[^",/])""")
 
 
 def without_folder(text: str) -> str:

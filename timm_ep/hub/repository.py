@@ -82,6 +82,7 @@ def _is_plain(value: Any) -> bool:
 
 _CLASSES = _is_int(0, 100_000)
 _IN_CHANS = _is_int(1, 1024)
+_PADDING = _is_int(0, 64)
 _IMAGE = _is_list(_is_int(1, 16_384), 3, 3)
 _NAMES = _is_list(_is_text, 0, 100_000)
 _TEXTS = _or_null(lambda value: _is_text(value) or _NAMES(value))
@@ -98,6 +99,10 @@ _MODEL_ARGS: dict[str, Accepts] = {
         if name not in _NOT_FOR_A_FILE
     },
     "architecture": _LAYERS,
+    "padding": lambda value: _PADDING(value) or _is_list(_PADDING, 1, 64)(value),
+    "unit": _or_null(_is_number(1e-6, 1e6)),
+    "state_bits": _is_int(0, 64),
+    "weight_bits": _is_int(0, 64),
     "free_sweeps": _is_int(0, 10_000),
     "nudged_sweeps": _is_int(1, 10_000),
     "num_classes": _CLASSES,
@@ -217,7 +222,7 @@ def verify_config(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{path}: {len(labels)} label names for {config['num_classes']} classes.")
     try:
         model = timm.create_model(f"local-dir:{path.parent}", pretrained=False, device="meta")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path}: model_args: {error}") from error
     for key in ("mean", "std"):
         if len(cfg.get(key, [0])) not in (1, 3, model.in_chans):  # timm averages three values for other channels
@@ -338,10 +343,19 @@ def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.
         verify(folder)
     else:
         _check_header(folder / WEIGHTS_NAME)
-        _check_label_names(folder / CONFIG_NAME)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if not ours and (broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]):
-        raise ValueError(f"{folder}: {broken[0]} has values that are NaN or infinite; the model would answer nothing.")
+        _check_other(folder)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    if not ours:
+        if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+            raise ValueError(
+                f"{folder}: {broken[0]} has values that are NaN or infinite; the model would answer nothing."
+            )
+        names = model.pretrained_cfg.get("label_names")
+        if names is not None and not (_NAMES(names) and len(names) == model.num_classes):
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: label_names is {names!r:.200}; expected a list of plain texts, one for each "
+                f"of {model.num_classes} classes."
+            )
     if architecture is not None and model.pretrained_cfg["architecture"] != architecture:
         raise ValueError(
             f"{folder / CONFIG_NAME} names the architecture {model.pretrained_cfg['architecture']!r}, not "
@@ -350,13 +364,17 @@ def load(folder: str | os.PathLike[str], architecture: str | None = None) -> nn.
     return model
 
 
-def _check_label_names(path: Path) -> None:
-    """The names that predictions print, of a configuration that timm reads."""
+def _check_other(folder: Path) -> None:
+    """Of another model of timm: what timm would make another model of in silence."""
+    path = folder / CONFIG_NAME
     config = _read_object(path)
-    cfg = config.get("pretrained_cfg")
-    for names in (config.get("label_names"), cfg.get("label_names") if isinstance(cfg, dict) else None):
-        if names is not None and not _NAMES(names):
-            raise ValueError(f"{path}: label_names is {names!r:.200}; expected a list of plain texts.")
+    args = config.get("model_args") or {}
+    if not isinstance(args, dict):
+        raise ValueError(f"{path}: model_args is a {type(args).__name__}; expected an object.")
+    if told := sorted(name for name in args if name.startswith("pretrained")):
+        raise ValueError(f"{path}: model_args has {told}; where weights are, and how many of them, it is not to say.")
+    if (classes := args.get("num_classes", config.get("num_classes"))) != config.get("num_classes"):
+        raise ValueError(f"{path}: num_classes is {config.get('num_classes')}, but {classes} in model_args.")
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> nn.Module:
@@ -378,10 +396,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> nn.Module:
         verify_weights(path, model)
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (RuntimeError, ValueError, AttributeError, EOFError) as error:
+    except (RuntimeError, ValueError, AttributeError, EOFError, LookupError) as error:
         raise ValueError(f"{path} is not a checkpoint that can be read without running code: {error}") from error
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds more than tensors; expected the state_dict of a model.")
+    usual = (
+        value.layout == torch.strided and not value.is_meta for value in state.values() if isinstance(value, Tensor)
+    )
+    if not all(isinstance(value, Tensor) for value in state.values()) or not all(usual):
+        raise ValueError(f"{path} holds more than tensors of numbers; expected the state_dict of a model.")
     _check_tensors(path, model, {k: (tuple(v.shape), v.dtype) for k, v in state.items()}, state.__getitem__)
     model = timm.create_model(f"local-dir:{path.parent}", pretrained=False)
     dtype = state[next(iter(state))].dtype

@@ -101,6 +101,8 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if num_classes < 0 or in_chans < 1:
+            raise ValueError(f"num_classes={num_classes} must be at least 0, and in_chans={in_chans} at least 1.")
         unknown = settings.keys() - set(SETTING_NAMES)
         if unknown:
             raise TypeError(
@@ -130,11 +132,13 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
             {"num_chs": convolutions[tap].channels, "reduction": convolutions[tap].reduction, "module": f"layers.{tap}"}
             for tap in self._taps
         ]
-        self.padding = (padding,) * depth if isinstance(padding, int) else tuple(padding)
+        self.padding = (padding,) * depth if isinstance(padding, int | float) else tuple(padding)
         init_gains = (init_gain,) * depth if isinstance(init_gain, int | float) else tuple(init_gain)
         for name, values in {"padding": self.padding, "init_gain": init_gains}.items():
             if len(values) != depth or not all(0 <= value < float("inf") for value in values):
                 raise ValueError(f"{name}={values}: give one number of at least 0, or one for each of {depth} layers.")
+        if not all(isinstance(value, int) for value in self.padding):
+            raise ValueError(f"padding={self.padding}: pixels of padding are whole numbers.")
         layers: list[EpConv2d] = []
         for index, (below, channels, pooled, _) in enumerate(convolutions):
             gain = init_gains[index] * (kernels.pooled_gain[self.settings.pool] if pooled else kernels.gain)
@@ -175,7 +179,15 @@ class EpVgg(HasSettings, MeasuresSettling, nn.Module):
         """A new read-out; `reset_classifier(0, "")` leaves 4-D features.
 
         A read-out inside the dynamics goes with its feedback: without it, the states settle a little elsewhere.
+
+        Raises:
+            ValueError: for a read-out inside the dynamics a pooling other than `avg`, or another layer than the last.
         """
+        if num_classes and self.readout == "state" and self._top + 1 < len(self.layers):
+            raise ValueError(
+                f"readout='state' reads the last of {len(self.layers)} convolutions, and the features of this model "
+                f"are those of readout_layer={self._top + 1}: create it with readout='head', or without that."
+            )
         kept = self.head.global_pool.pool_type
         self._check_readout((kept if global_pool is None else global_pool) if num_classes else "avg", self.drop_rate)
         self.num_classes = num_classes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_ep.core.equilibrium import autocast_dtype
-from timm_ep.core.recording import has_values, recording, transformed
+from timm_ep.core.recording import has_values, recording, transformed, vectorised
 
 __all__ = ["check_images"]
 
@@ -33,7 +33,13 @@ def check_images(model: Any, x: Tensor) -> None:
         raise NotImplementedError(
             "EP settles twice by itself, and transforms of torch.func (grad, vmap, …) do not pass through. Take "
             "loss.backward() or torch.autograd.grad; for gradients per sample one sample at a time, as a "
-            "sample's EP gradient does not depend on those beside it (with tol=0); or gradient='bptt'."
+            "sample's EP gradient does not depend on those beside it (with tol=0); or gradient='bptt' (under "
+            "vmap with tol=0)."
+        )
+    if vectorised(x) and model.settings.tol > 0 and model.settings.settles:
+        raise ValueError(
+            f"tol={model.settings.tol:g} looks at the states to know when to stop, which vmap does not allow; set "
+            "model.tol = 0, which runs all free sweeps."
         )
     if not x.is_floating_point():
         raise TypeError(f"The images have dtype {x.dtype}; expected floating point, for example x.float() / 255.")

@@ -17,8 +17,13 @@ def scale_parameter(module: nn.Module, name: str, factor: float) -> None:
     """
     if is_parametrized(module, name):
         setattr(module, name, getattr(module, name) * factor)
-    else:
-        module.get_parameter(name).mul_(factor)
+        return
+    # What torch's pruning, and its weight normalisation by hooks, compute the value from.
+    sources = dict(module.named_parameters(recurse=False))
+    source = next((sources[each] for each in (name, f"{name}_g", f"{name}_orig") if each in sources), None)
+    if source is None or hasattr(module, f"{name}_u"):  # the spectral normalisation by hooks takes any scale away
+        raise NotImplementedError(f"{name} is not a parameter, and what it is computed from cannot be scaled.")
+    source.mul_(factor)
 
 
 class EpConv2d(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_ep.models import EpVgg
-from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
+from timm_ep.signals.layers import DepthSchedule, bias_of, channels_of, chosen_layers, layer_weights, pushes, student_of
 from timm_ep.signals.local_errors import LayerClassifiers
 from timm_ep.signals.teachers import Teacher, TeacherEnsemble, check_teacher
 
@@ -63,7 +63,7 @@ class FeatureDistillation(nn.Module):
         self.loss = loss
         self.matches = [_nearest(2 ** sum(model.pooled[:layer]), teacher.reductions) for layer in self.layers]
         self.units = [model.unit**layer for layer in self.layers]
-        like = model.get_parameter("layers.0.bias")  # its kernel may be parametrised
+        like = bias_of(model)
         self.projections = nn.ModuleList(
             nn.Conv2d(channels_of(model, layer), teacher.channels[match], 1, device=like.device, dtype=like.dtype)
             for layer, match in zip(self.layers, self.matches, strict=True)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ep.core.nudged_phase import force_gains
 from timm_ep.models import EpVgg
 
-__all__ = ["DepthSchedule", "channels_of", "chosen_layers", "layer_weights", "pushes", "student_of"]
+__all__ = ["DepthSchedule", "bias_of", "channels_of", "chosen_layers", "layer_weights", "pushes", "student_of"]
 
 DepthSchedule = Literal["constant", "early", "late", "level"]
 
@@ -76,4 +76,9 @@ def student_of(model: nn.Module) -> EpVgg:
 
 
 def channels_of(model: EpVgg, layer: int) -> int:
-    return model.get_parameter(f"layers.{layer - 1}.bias").shape[0]
+    return bias_of(model, layer).shape[0]
+
+
+def bias_of(model: EpVgg, layer: int = 1) -> Tensor:
+    """Of a layer, from 1: a tensor of its channels, device and dtype, however parametrized or pruned the model is."""
+    return cast(Tensor, model.layers[layer - 1].bias)

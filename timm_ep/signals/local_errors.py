@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_ep.signals.layers import DepthSchedule, channels_of, chosen_layers, layer_weights, pushes, student_of
+from timm_ep.signals.layers import DepthSchedule, bias_of, channels_of, chosen_layers, layer_weights, pushes, student_of
 
 __all__ = ["LayerClassifiers", "LocalErrors"]
 
@@ -38,7 +38,7 @@ class LayerClassifiers(nn.Module):
             raise ValueError(f"pooled_size={pooled_size} is too small; it must be at least 1.")
         self.layers, self.pooled_size = chosen_layers(layers, list(range(1, depth + 1)), depth), pooled_size
         self.units = [model.unit**layer for layer in self.layers]  # the size of what the classifiers see
-        like = model.get_parameter("layers.0.bias")  # its kernel may be parametrised
+        like = bias_of(model)
         self.classifiers = nn.ModuleList(
             nn.Linear(
                 channels_of(model, layer) * pooled_size**2, model.num_classes, device=like.device, dtype=like.dtype

@@ -45,7 +45,7 @@ def readout_criterion(model: Any, name: str | None = None, **kwargs: Any) -> nn.
         **kwargs: of timm's `create_classification_loss`, for cross-entropy, such as `smoothing`.
 
     Raises:
-        ValueError: an unknown name, or label smoothing of the squared error.
+        ValueError: an unknown name, or label smoothing and the like of the squared error.
     """
     if name is None:
         name = "squared-error" if isinstance(model, EpVgg) and model.readout == "state" else "cross-entropy"
@@ -53,8 +53,8 @@ def readout_criterion(model: Any, name: str | None = None, **kwargs: Any) -> nn.
         return create_classification_loss(**kwargs)
     if name != "squared-error":
         raise ValueError(f"criterion={name!r} is unknown; choose cross-entropy or squared-error.")
-    if kwargs.get("smoothing"):
-        raise ValueError(f"smoothing={kwargs['smoothing']} is of cross-entropy; set it to 0 for the squared error.")
+    if given := {key: value for key, value in kwargs.items() if value and key != "soft_targets"}:
+        raise ValueError(f"{given} are of cross-entropy; leave them out, or at 0, for the squared error.")
     return SquaredError()
 
 

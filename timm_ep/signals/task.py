@@ -18,6 +18,9 @@ from timm_ep.signals.teachers import Teacher, TeacherEnsemble, TeacherOutput, ch
 __all__ = ["EpTask"]
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 class _Objective(nn.Module):
     """Model, signals and criterion in one forward pass, so that distributed training wraps all that is trained."""
 
@@ -45,10 +48,11 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, taught: TeacherOutput | None) -> dict[str, Tensor]:
         has_states = isinstance(self.model, EpVgg)
-        if has_states and (self.model._forward_pre_hooks or self.model._forward_hooks):
+        if has_states and any(getattr(self.model, hooks) for hooks in _HOOKS):
             raise ValueError(
-                "The model has hooks on its forward pass, which EpTask does not call, as it asks for the states "
-                "(equilibrium) and their output; put what they do into the images or the losses, or hook its parts."
+                "The model has hooks on its forward or backward pass, which EpTask does not call, as it asks for the "
+                "states (equilibrium) and their output; put what they do into the images or the losses, or hook its "
+                "parts."
             )
         learns = has_states and (self.model.learns or images.requires_grad)
         if learns and self.model.settings.live and torch.is_grad_enabled():

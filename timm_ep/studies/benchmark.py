@@ -11,7 +11,7 @@ from timm_ep.studies.classic import CLASSIC, classic_checks, classic_parts, extr
 from timm_ep.studies.gradcheck import LayerCheck, compared, exact_gradients, weight_gradients
 from timm_ep.studies.measure import Machine, Quartiles, Step, in_fresh_process, in_turn, quartiles
 from timm_ep.studies.throughput import Share, Throughput
-from timm_ep.studies.workload import Workload, autocast, changed, inference_step, make_training_step, training_step
+from timm_ep.studies.workload import Workload, autocast, changed, inference_step, training_step
 
 __all__ = ["Benchmark", "BenchmarkResult", "StepResult"]
 
@@ -114,9 +114,7 @@ class Benchmark(Workload):
         """Print and return all of it."""
         model, images, labels = self.make()
         machine = Machine.here(self.device)
-        steps = _training_steps(model, images, labels)
-        for name, gradient in _INFERENCE.items():
-            steps[name] = inference_step(changed(model, gradient=gradient), images)
+        steps = {name: _step(name, model, images, labels) for name in (*_TRAINING, *_INFERENCE)}
         throughput = Throughput(model, images)
         steps |= throughput.steps
         times = in_turn({**steps, **classic_parts(model, images, labels)}, self.repeats, self.device)
@@ -177,20 +175,14 @@ class Benchmark(Workload):
 
 def make_step(workload: Workload, name: str) -> Step:
     """The step of that name, in a process of its own."""
-    if name == _CLASSIC:
-        return make_classic_step(workload)
-    if name in _TRAINING:
-        gradient, bfloat16 = _TRAINING[name]
-        return make_training_step(workload, {"gradient": gradient}, bfloat16)
-    model, images, _ = workload.make()
-    return inference_step(changed(model, gradient=_INFERENCE[name]), images)
+    return make_classic_step(workload) if name == _CLASSIC else _step(name, *workload.make())
 
 
-def _training_steps(model: EpVgg, images: Tensor, labels: Tensor) -> dict[str, Step]:
-    return {
-        name: training_step(changed(model, gradient=gradient), images, labels, bfloat16)
-        for name, (gradient, bfloat16) in _TRAINING.items()
-    }
+def _step(name: str, model: EpVgg, images: Tensor, labels: Tensor) -> Step:
+    if name in _INFERENCE:
+        return inference_step(changed(model, gradient=_INFERENCE[name]), images)
+    gradient, bfloat16 = _TRAINING[name]
+    return training_step(changed(model, gradient=gradient), images, labels, bfloat16)
 
 
 def _text(result: BenchmarkResult) -> str:

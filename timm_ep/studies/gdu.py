@@ -166,9 +166,9 @@ def _ep_updates(
     for beta in strengths:
         seen = iter(sums[1:])
 
-        def record(phase: NudgedPhase, beta: float = beta, seen: Any = seen) -> None:
-            newest = newest_winners(net, free, phase, settings, beta)
-            estimate = contrast(net, x, free, newest, settings, beta, kernels_only, weights)[1 : len(states) + 1]
+        def record(phase: NudgedPhase, seen: Any = seen) -> None:
+            newest = newest_winners(net, free, phase, settings)
+            estimate = contrast(net, x, free, newest, settings.feedback, kernels_only, weights)[1 : len(states) + 1]
             for total, part in zip(next(seen), estimate, strict=True):
                 if part is not None:
                     total.add_(part, alpha=1 / (len(x) * len(strengths)))

@@ -36,6 +36,7 @@ class LayerCheck:
     norm_ratio: float
 
 
+@torch.enable_grad()
 def gradient_check(
     model: EpVgg, images: Tensor, labels: Tensor, criterion: Criterion | None = None, signal: Signal | None = None
 ) -> list[LayerCheck]:

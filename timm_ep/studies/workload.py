@@ -141,10 +141,10 @@ def training_step(model: EpVgg, images: Tensor, labels: Tensor, bfloat16: bool =
     return step
 
 
-def make_training_step(workload: Workload, settings: dict[str, Any], bfloat16: bool = False) -> Step:
+def make_training_step(workload: Workload, settings: dict[str, Any]) -> Step:
     """The training step of a workload with some of the model's settings changed."""
     model, images, labels = workload.make()
-    return training_step(changed(model, **settings), images, labels, bfloat16)
+    return training_step(changed(model, **settings), images, labels)
 
 
 def inference_step(model: EpVgg, images: Tensor) -> Step:

@@ -135,6 +135,8 @@ class Convert(Options):
         data.train.transform = image_transform(size, mean, std)
         batch, _ = next(iter(DataLoader(limit(data.train, self.images), self.images)))
         calibrate(model, batch, self.quantile)
+        if license := source.pretrained_cfg.get("license"):
+            model.pretrained_cfg["license"] = license
         with creating(self.output) as folder:
             save(folder, model, data.classes, size, mean, std)
         residuals = layer_residuals(model, batch)

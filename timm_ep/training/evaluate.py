@@ -217,7 +217,16 @@ def images_of(
     if dataset:
         return dataset, data_dir
     options = run / ARGS_NAME  # of one that was trained here, be it to its end or not
-    told = yaml.safe_load(options.read_text(encoding="utf-8")) if options.exists() else {}
+    told: Any = {}
+    if options.exists():
+        try:
+            told = yaml.safe_load(options.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{options} is not YAML: {error}") from error
+        if not isinstance(told, dict) or not all(
+            isinstance(told.get(key, ""), str | None) for key in ("dataset", "data_dir")
+        ):
+            raise ValueError(f"{options} does not hold the options of a training; give --dataset and --data-dir.")
     dataset = facts.dataset if facts else told.get("dataset")
     if not dataset:
         raise ValueError(f"{run} does not say what images it was trained on; give --dataset, such as folder.")

@@ -84,7 +84,8 @@ class Predict(Options):
                     writer = _writer(self.output, stack)
                 for (title, _), row, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
                     answer = [(names[index], probability) for index, probability in zip(classes, row, strict=True)]
-                    print(f"{title}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))
+                    shown = "".join(c if c.isprintable() else "?" for c in title)
+                    print(f"{shown}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))
                     answers.append(answer)
                     if writer is not None:
                         writer.add(title, answer)

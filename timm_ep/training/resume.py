@@ -35,27 +35,19 @@ def earlier_state(options: TrainingOptions, world: World, store: CheckpointStore
             remove_unfinished(options.output / name)
     if options.overwrite:
         return {}
-    if options.resume:
-        if not world.primary:
-            world.agree(None)
-            path = world.from_primary(None)
-            return {} if path is None else load_checkpoint(path)
-        newest = Newest(None, {}, [])
-        unusable: Exception | None = None
+    newest = Newest(None, {}, [])
+    problem: Exception | None = None
+    if world.primary:
         try:
-            newest = store.newest()
+            newest = store.newest() if options.resume else newest
+            problem = _taken(options, store) if newest.path is None else None
         except UnusableCheckpoint as error:
-            unusable = error
-        if newest.path is None and unusable is None:
-            unusable = _taken(options, store)
-        world.agree(unusable)
-        for reason in newest.refused:
-            print(f"warning: {reason} Going on from the one before, {newest.path}.", file=sys.stderr)
-        world.from_primary(newest.path)
-        return newest.state
-    if (taken := _taken(options, store)) is not None:
-        raise taken
-    return {}
+            problem = error
+    world.agree(problem)
+    for reason in newest.refused:
+        print(f"warning: {reason} Going on from the one before, {newest.path}.", file=sys.stderr)
+    path = world.from_primary(newest.path)
+    return newest.state if world.primary or path is None else load_checkpoint(path)
 
 
 def _taken(options: TrainingOptions, store: CheckpointStore) -> FileExistsError | None:
