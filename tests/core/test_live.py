@@ -393,7 +393,7 @@ def test_squared_error_is_half_the_squared_distance():
     assert isinstance(readout_criterion(model, "cross-entropy"), torch.nn.CrossEntropyLoss)
     with pytest.raises(ValueError, match="'hinge' is unknown; choose cross-entropy or squared-error"):
         readout_criterion(model, "hinge")
-    with pytest.raises(ValueError, match=r"smoothing=0\.1"):
+    with pytest.raises(ValueError, match=r"'smoothing': 0\.1"):
         readout_criterion(model, smoothing=0.1)
 
 

@@ -349,14 +349,14 @@ def test_other_models_of_timm_are_checked_for_what_they_would_print(tmp_path, ch
     with torch.no_grad():
         model.conv1[0].weight[0, 0] = change.get("weight", 1.0)
     config = {"label_names": ["a", change.get("label", "b")], "num_classes": 2}
-    if "legacy" in change:
-        del config["label_names"]
-    save_for_hf(model, tmp_path, model_config=config, model_args=change.get("args"), safe_serialization=True)
+    save_for_hf(model, tmp_path, model_config=config, safe_serialization=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    if "args" in change:
+        written["model_args"] = change["args"]
     if "legacy" in change:  # as timm wrote them once
-        written = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(
-            json.dumps({**written.pop("pretrained_cfg"), **written, **change["legacy"]})
-        )
+        told = {name: written[name] for name in ("architecture", "num_classes")}
+        written = {**written["pretrained_cfg"], **told, **change["legacy"]}
+    (tmp_path / "config.json").write_text(json.dumps(written))
     if message is None:
         load(tmp_path, "test_resnet")
     else:
