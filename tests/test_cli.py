@@ -59,7 +59,7 @@ def test_module_and_help():
     )
     assert "peak learning rate" in done.stdout
     done = subprocess.run([sys.executable, "-m", "timm_ep"], capture_output=True, text=True, check=True)
-    assert "train,validate,predict" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [*cli.COMMANDS, "run"]
 
 
 def test_a_newcomers_path_from_a_folder_of_images_to_predictions(tmp_path, capsys):

@@ -20,10 +20,12 @@ def transformed() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def vectorised(gradient: Tensor) -> bool:
-    """Whether it stands for many, as in `is_grads_batched=True` and `jacobian(…, vectorize=True)`."""
+def vectorised(tensor: Tensor) -> bool:
+    """Whether it stands for many, as in `vmap`, `is_grads_batched=True` and `jacobian(…, vectorize=True)`."""
     functorch = torch._C._functorch
-    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+    while functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)  # of a transform around or inside
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def has_values(x: Tensor) -> bool:

@@ -318,11 +318,12 @@ def _create_scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer
         "warmup_lr": max(options.layer_lr, default=options.lr) / 100,
     }
     scheduler, epochs = create_scheduler_v2(optimizer, **own, **{**defaults, **options.sched_kwargs})
-    if epochs != options.epochs:
+    # With a number of its own it may be longer than the training, as the literature has it.
+    if epochs != options.epochs and "num_epochs" not in options.sched_kwargs:
         raise ValueError(
             f"sched_kwargs={options.sched_kwargs} make a schedule of {epochs} epochs, and the training has "
-            f"{options.epochs}: give another number of epochs, or in sched_kwargs the num_epochs of one cycle, without "
-            f"warmup ({options.warmup}) and cooldown."
+            f"{options.epochs}: give with sched_kwargs the num_epochs of one cycle, without warmup ({options.warmup}) "
+            "and cooldown."
         )
     if scheduler is None:  # in timm it is the schedule that applies the scale of layer_decay
         for group in optimizer.param_groups:

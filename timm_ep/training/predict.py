@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ class Predict(Options):
                     writer = _writer(self.output, stack)
                 for (title, _), row, classes in zip(batch, values.tolist(), indices.tolist(), strict=True):
                     answer = [(names[index], probability) for index, probability in zip(classes, row, strict=True)]
-                    shown = "".join(c if c.isprintable() else "?" for c in title)
+                    shown = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", title)  # what would steer the terminal
                     print(f"{shown}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in answer))
                     answers.append(answer)
                     if writer is not None:
