@@ -36,9 +36,8 @@ def cosines(ours, exact):
 
 
 @pytest.mark.parametrize("depth", [4, 9])
-@pytest.mark.parametrize("feedback", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("pool", ["avg", "max"])
-@pytest.mark.parametrize("piece", [2**17, 16])
+@pytest.mark.parametrize(("piece", "feedback"), [(2**17, 1.0), (2**17, 0.5), (2**17, 0.1), (16, 0.5)])
 def test_one_sided_gradient_is_exact(piece, pool, feedback, depth, monkeypatch):
     """Cosine ≥ 0.9999 and norm within 1 % of autograd through the converged settling, for every parameter and x;
     whether maps are summed as a whole, as small ones are, or piece by piece."""

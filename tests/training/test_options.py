@@ -8,6 +8,7 @@ import timm
 import torch
 
 from timm_ep.signals import teachers
+from timm_ep.signals.local_errors import LocalErrors
 from timm_ep.training import assembly, loop, trainer
 from timm_ep.training.checkpoints import CheckpointStore, load_checkpoint
 from timm_ep.training.options import TrainingOptions
@@ -285,6 +286,23 @@ def test_a_model_of_other_classes_is_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"gives \(1, 7\) for an image of 1 channels .* expected \(1, 10\)"):
         Trainer(**OPTIONS, output=tmp_path).run()
+
+
+def test_the_schedule_of_local_errors_ends_with_the_training(tmp_path, monkeypatch):
+    """At a learning rate of 0 every epoch has the same images and weights, and only the schedule changes the loss."""
+    losses, forward = {}, LocalErrors.forward
+
+    def watched(signal, states, target):
+        loss = forward(signal, states, target)
+        losses.setdefault(signal.progress, float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(LocalErrors, "forward", watched)
+    options = {**OPTIONS, "train_images": 32, "batch_size": 32, "epochs": 3, "lr": 0.0}
+    Trainer(**options, local_error=0.5, local_error_args={"final": 0.0}, output=tmp_path).run()
+    first, *others = losses.values()
+    assert first > 0.5
+    assert others == [pytest.approx(first / 2, rel=1e-4), 0]
 
 
 def test_options_without_effect_are_named(tmp_path, capsys):
