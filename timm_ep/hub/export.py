@@ -153,10 +153,9 @@ def prepare(
         # Of other checkpoints than a run's own weights the run's facts may not be true.
         if (run.is_dir() or run.name == WEIGHTS_NAME) and (home / RESULTS_NAME).exists():
             _add_facts(new, home, model.pretrained_cfg["architecture"], dataset_id)
-            if twin:
-                _add_twin(new, RunFacts.load(Path(twin) / RESULTS_NAME))
-            elif (home / TWIN_NAME).exists():  # published before
-                _add_twin(new, RunFacts.load(home / TWIN_NAME))
+            known = Path(twin) / RESULTS_NAME if twin else home / TWIN_NAME  # the latter if it was published before
+            if twin or known.exists():
+                _add_twin(new, RunFacts.load(known))
             _add_curves(new, name, twin)
         elif twin or dataset_id:
             raise ValueError(

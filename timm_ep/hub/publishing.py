@@ -47,10 +47,8 @@ from timm_ep.version import __version__
 __all__ = ["Publish", "Pull"]
 
 _TEXTS = (CARD_NAME, RESULTS_NAME, TWIN_NAME, LOG_NAME, CURVES_NAME)
-_REPLACED = (
-    *_TEXTS,
-    "pytorch_model.bin",
-)  # the last one is what timm pushes beside safetensors: the old weights, pickled
+# And what timm pushes beside safetensors: the old weights, pickled.
+_REPLACED = (*_TEXTS, "pytorch_model.bin")
 _ATTEMPTS = 5
 
 T = TypeVar("T")

@@ -398,10 +398,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> nn.Module:
         state = load_state_dict(str(path), weights_only=True)
     except (RuntimeError, ValueError, AttributeError, EOFError, LookupError) as error:
         raise ValueError(f"{path} is not a checkpoint that can be read without running code: {error}") from error
-    usual = (
-        value.layout == torch.strided and not value.is_meta for value in state.values() if isinstance(value, Tensor)
-    )
-    if not all(isinstance(value, Tensor) for value in state.values()) or not all(usual):
+    if not all(isinstance(v, Tensor) and v.layout == torch.strided and not v.is_meta for v in state.values()):
         raise ValueError(f"{path} holds more than tensors of numbers; expected the state_dict of a model.")
     _check_tensors(path, model, {k: (tuple(v.shape), v.dtype) for k, v in state.items()}, state.__getitem__)
     model = timm.create_model(f"local-dir:{path.parent}", pretrained=False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ep.models import EpVgg
+from timm_ep.signals.layers import bias_of
 from timm_ep.training.options import TrainingOptions
 
 __all__ = ["Guard", "broken_weights", "layer_residuals"]
@@ -17,7 +18,7 @@ def layer_residuals(model: nn.Module, images: Tensor) -> Tensor:
     """`EpVgg.layer_residuals` on some of the images; empty for a model without states."""
     if not isinstance(model, EpVgg):
         return torch.zeros(0, 0)
-    return model.layer_residuals(images[:_IMAGES].to(model.get_parameter("layers.0.bias").dtype))
+    return model.layer_residuals(images[:_IMAGES].to(bias_of(model).dtype))
 
 
 def broken_weights(model: nn.Module) -> list[str]:

@@ -310,14 +310,13 @@ class TrainingOptions(Options):
     @property
     def without_effect(self) -> list[str]:
         """What is given and changes nothing, as what it belongs to is off."""
-        needs = dict(_BELONGS)
-        if self.sched == "none":
-            needs |= dict.fromkeys(("sched_kwargs", "warmup_epochs"), "a sched")
-        defaults = TrainingOptions()
+        derived, defaults = {"mixup or cutmix": self.mixes, "a sched": self.sched != "none"}, TrainingOptions()
         return [
-            f"{name} (without {needed.replace('mixes', 'mixup or cutmix')})"
-            for name, needed in needs.items()
-            if not getattr(self, needed, False) and getattr(self, name) != getattr(defaults, name)
+            f"{name} (without {needed})"
+            for needed, names in _BELONGS.items()
+            if not (derived[needed] if needed in derived else getattr(self, needed))
+            for name in names
+            if getattr(self, name) != getattr(defaults, name)
         ]
 
     @property
@@ -372,17 +371,14 @@ class TrainingOptions(Options):
 
 # What changes nothing while what it belongs to is off.
 _BELONGS = {
-    "local_error_args": "local_error",
-    "distill_features_args": "distill_features",
-    "distill_logits_args": "distill_logits",
-    "clip_mode": "clip_grad",
-    "model_ema_decay": "model_ema",
-    "model_ema_warmup": "model_ema",
-    "amp_dtype": "amp",
-    "mixup_prob": "mixes",
-    "mixup_switch_prob": "mixes",
-    "mixup_mode": "mixes",
-    "mixup_off_epoch": "mixes",
+    "local_error": ("local_error_args",),
+    "distill_features": ("distill_features_args",),
+    "distill_logits": ("distill_logits_args",),
+    "clip_grad": ("clip_mode",),
+    "model_ema": ("model_ema_decay", "model_ema_warmup"),
+    "amp": ("amp_dtype",),
+    "mixup or cutmix": ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"),
+    "a sched": ("sched_kwargs", "warmup_epochs"),
 }
 
 _LEAST = {
